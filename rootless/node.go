@@ -1,0 +1,132 @@
+package rootless
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+)
+
+// DefaultName is the node that is meant when no name is given.
+const DefaultName = "default"
+
+// Node names the directories of one node. RuntimeDir lives as long as the node does; DataDir (images, specs)
+// outlives it.
+type Node struct {
+	Name       string
+	RuntimeDir string
+	DataDir    string
+}
+
+var nodeName = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$`)
+
+// sunPathMax is the longest path of a unix socket, in bytes, without the final NUL (unix(7)).
+const sunPathMax = 107
+
+// NewNode computes the directories of the node called name from the XDG base directories, and checks that they
+// can be used. An error is a *Problem where the host is to be mended.
+func NewNode(name string, getenv func(string) string) (Node, error) {
+	if !nodeName.MatchString(name) {
+		return Node{}, fmt.Errorf("node name %q: use 1 to 32 lower-case letters, digits and inner dashes", name)
+	}
+	folder := "coracle"
+	if name != DefaultName {
+		folder += "-" + name
+	}
+	runtimeHome, err := runtimeHome(getenv)
+	if err != nil {
+		return Node{}, err
+	}
+	dataHome, err := dataHome(getenv)
+	if err != nil {
+		return Node{}, err
+	}
+	node := Node{Name: name, RuntimeDir: filepath.Join(runtimeHome, folder), DataDir: filepath.Join(dataHome, folder)}
+	if longest := filepath.Join(node.RootlesskitDir(), ".bp-ready.pipe"); len(longest) > sunPathMax {
+		return Node{}, &Problem{
+			Check: "runtime directory",
+			Cause: fmt.Sprintf("%s is too long for unix sockets below it (%d bytes, %d at most)", node.RuntimeDir, len(longest), sunPathMax),
+			Fix:   fmt.Sprintf("mkdir -m 0700 /tmp/xdg-%d && export XDG_RUNTIME_DIR=/tmp/xdg-%d", os.Getuid(), os.Getuid()),
+		}
+	}
+	return node, nil
+}
+
+// Socket is the CRI endpoint of the node.
+func (n Node) Socket() string { return filepath.Join(n.RuntimeDir, "coracle.sock") }
+
+// Endpoint is Socket as a URL, as CONTAINER_RUNTIME_ENDPOINT wants it.
+func (n Node) Endpoint() string { return "unix://" + n.Socket() }
+
+// KeeperSocket is where the daemon reaches the keeper.
+func (n Node) KeeperSocket() string { return filepath.Join(n.RuntimeDir, "keeper.sock") }
+
+// RootlesskitDir is RootlessKit's state directory.
+func (n Node) RootlesskitDir() string { return filepath.Join(n.RuntimeDir, "rk") }
+
+// APISocket is RootlessKit's REST API, which publishes ports.
+func (n Node) APISocket() string { return filepath.Join(n.RootlesskitDir(), "api.sock") }
+
+// NetNS is the node's network namespace; the bind mount is seen inside the node's mount namespace only.
+func (n Node) NetNS() string { return filepath.Join(n.RootlesskitDir(), "netns") }
+
+// LogFile is where a detached node logs.
+func (n Node) LogFile() string { return filepath.Join(n.DataDir, "node.log") }
+
+func (n Node) recordFile() string { return filepath.Join(n.RuntimeDir, "node.json") }
+func (n Node) lockFile() string   { return filepath.Join(n.DataDir, "lock") }
+
+// MakeDirs makes both directories, 0700.
+func (n Node) MakeDirs() error {
+	for _, dir := range []string{n.RuntimeDir, n.DataDir} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return fmt.Errorf("make directory: %w", err)
+		}
+	}
+	return nil
+}
+
+func runtimeHome(getenv func(string) string) (string, error) {
+	dir := getenv("XDG_RUNTIME_DIR")
+	problem := &Problem{Check: "runtime directory", Fix: runtimeHomeFix()}
+	switch {
+	case dir == "":
+		problem.Cause = "XDG_RUNTIME_DIR is not set, so there is no place for the node's sockets"
+	case !filepath.IsAbs(dir):
+		problem.Cause = fmt.Sprintf("XDG_RUNTIME_DIR is %q, which is not an absolute path", dir)
+	default:
+		if err := checkWritable(dir); err != nil {
+			problem.Cause = fmt.Sprintf("XDG_RUNTIME_DIR is %s, which cannot be used: %v", dir, err)
+			break
+		}
+		return dir, nil
+	}
+	return "", problem
+}
+
+// runtimeHomeFix is the login session's own directory where there is one, else one under /tmp.
+func runtimeHomeFix() string {
+	session := fmt.Sprintf("/run/user/%d", os.Getuid())
+	if checkWritable(session) == nil {
+		return "export XDG_RUNTIME_DIR=" + session
+	}
+	return fmt.Sprintf("mkdir -p -m 0700 /tmp/xdg-%d && export XDG_RUNTIME_DIR=/tmp/xdg-%d", os.Getuid(), os.Getuid())
+}
+
+func dataHome(getenv func(string) string) (string, error) {
+	dir := getenv("XDG_DATA_HOME")
+	if dir == "" {
+		if getenv("HOME") == "" {
+			return "", &Problem{Check: "data directory", Cause: "neither HOME nor XDG_DATA_HOME is set, so there is no place for images",
+				Fix: "export XDG_DATA_HOME=/var/tmp/data-$(id -u) && mkdir -p -m 0700 $XDG_DATA_HOME"}
+		}
+		dir = filepath.Join(getenv("HOME"), ".local", "share")
+	}
+	if err := os.MkdirAll(dir, 0o700); err == nil {
+		if checkWritable(dir) == nil {
+			return dir, nil
+		}
+	}
+	return "", &Problem{Check: "data directory", Cause: fmt.Sprintf("%s, where images are kept, cannot be written", dir),
+		Fix: "export XDG_DATA_HOME=/var/tmp/data-$(id -u) && mkdir -p -m 0700 $XDG_DATA_HOME"}
+}
