@@ -1,0 +1,217 @@
+package netslirp
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/containernetworking/cni/pkg/types"
+	"github.com/containernetworking/plugins/plugins/ipam/host-local/backend"
+	"github.com/containernetworking/plugins/plugins/ipam/host-local/backend/allocator"
+	"github.com/containernetworking/plugins/plugins/ipam/host-local/backend/disk"
+)
+
+// podInterface is the name of a pod's interface, as every CNI runtime names it.
+const podInterface = "eth0"
+
+// pool gives out the addresses of one pod CIDR, round robin, so that an address rests as long as it can.
+type pool struct {
+	prefix  netip.Prefix
+	gateway netip.Addr
+	alloc   *allocator.IPAllocator
+	ledger  *ledger
+}
+
+func newPool(prefix netip.Prefix, l *ledger) (*pool, error) {
+	subnet := net.IPNet{IP: prefix.Addr().AsSlice(), Mask: net.CIDRMask(prefix.Bits(), prefix.Addr().BitLen())}
+	set := allocator.RangeSet{{Subnet: types.IPNet(subnet)}}
+	if err := set.Canonicalize(); err != nil {
+		return nil, fmt.Errorf("pod CIDR %s: %w: %w", prefix, ErrInvalid, err)
+	}
+	gateway, _ := netip.AddrFromSlice(set[0].Gateway)
+	return &pool{prefix: prefix, gateway: gateway.Unmap(), alloc: allocator.NewIPAllocator(&set, l, 0), ledger: l}, nil
+}
+
+// parsePodCIDR accepts one IPv4 network.
+func parsePodCIDR(cidr string) (netip.Prefix, error) {
+	prefix, err := netip.ParsePrefix(cidr)
+	if err != nil {
+		return netip.Prefix{}, fmt.Errorf("pod CIDR %q: %w: %w", cidr, ErrInvalid, err)
+	}
+	if !prefix.Addr().Is4() {
+		return netip.Prefix{}, fmt.Errorf("pod CIDR %s: IPv6 pod addresses: %w", cidr, ErrUnsupported)
+	}
+	if prefix != prefix.Masked() {
+		return netip.Prefix{}, fmt.Errorf("pod CIDR %s has host bits set, its network is %s: %w", cidr, prefix.Masked(), ErrInvalid)
+	}
+	return prefix, nil
+}
+
+// take reserves an address for the pod on disk.
+func (p *pool) take(podID string) (netip.Addr, error) {
+	got, err := p.alloc.Get(podID, podInterface, nil)
+	if err != nil {
+		if strings.HasPrefix(err.Error(), "no IP addresses available") { // host-local has no type for it
+			return netip.Addr{}, fmt.Errorf("take an address of %s, all %d are in use: %w", p.prefix, p.ledger.count(), ErrNoAddress)
+		}
+		return netip.Addr{}, fmt.Errorf("take an address of %s: %w", p.prefix, err)
+	}
+	addr, _ := netip.AddrFromSlice(got.Address.IP)
+	return addr.Unmap(), nil
+}
+
+// ledger is host-local's disk store with what it lacks for use in one long-lived process. Its file lock does not
+// exclude two goroutines, which share the open file; and it reads every file of the store to find a pod's address.
+type ledger struct {
+	disk *disk.Store
+	dir  string
+
+	mu   sync.Mutex          // held between Lock and Unlock, and by the methods below that say so
+	held map[string][]net.IP // pod id → its addresses on disk
+}
+
+var _ backend.Store = (*ledger)(nil)
+
+// openLedger reads the store, and sweeps an address whose owner a crash kept from being written.
+func openLedger(dataDir string) (*ledger, error) {
+	const network = "ipam"
+	store, err := disk.New(network, dataDir)
+	if err != nil {
+		return nil, fmt.Errorf("open address store: %w", err)
+	}
+	l := &ledger{disk: store, dir: filepath.Join(dataDir, network), held: map[string][]net.IP{}}
+	if err := l.load(); err != nil {
+		return nil, errors.Join(err, store.Close())
+	}
+	return l, nil
+}
+
+func (l *ledger) load() error {
+	entries, err := os.ReadDir(l.dir)
+	if err != nil {
+		return fmt.Errorf("read address store: %w", err)
+	}
+	for _, e := range entries {
+		ip := net.ParseIP(e.Name())
+		if ip == nil {
+			continue // the lock, and the last address of each range
+		}
+		raw, err := os.ReadFile(filepath.Join(l.dir, e.Name()))
+		if err != nil {
+			return fmt.Errorf("read address store: %w", err)
+		}
+		owner, _, _ := strings.Cut(strings.TrimSpace(string(raw)), disk.LineBreak)
+		if owner == "" {
+			if err := os.Remove(filepath.Join(l.dir, e.Name())); err != nil {
+				return fmt.Errorf("sweep address store: %w", err)
+			}
+			continue
+		}
+		l.held[owner] = append(l.held[owner], ip)
+	}
+	return nil
+}
+
+// Lock excludes other goroutines and other processes. The allocator calls it, and ignores its error.
+func (l *ledger) Lock() error {
+	l.mu.Lock()
+	return l.disk.Lock()
+}
+
+// Unlock undoes Lock.
+func (l *ledger) Unlock() error {
+	defer l.mu.Unlock()
+	return l.disk.Unlock()
+}
+
+// Close closes the lock file.
+func (l *ledger) Close() error { return l.disk.Close() }
+
+// Reserve is called by the allocator between Lock and Unlock.
+func (l *ledger) Reserve(id, ifname string, ip net.IP, rangeID string) (bool, error) {
+	ok, err := l.disk.Reserve(id, ifname, ip, rangeID)
+	if ok && err == nil {
+		l.held[id] = append(l.held[id], ip)
+	}
+	return ok, err
+}
+
+// LastReservedIP is called by the allocator between Lock and Unlock.
+func (l *ledger) LastReservedIP(rangeID string) (net.IP, error) {
+	return l.disk.LastReservedIP(rangeID)
+}
+
+// ReleaseByID is called by the allocator, or by release, between Lock and Unlock.
+func (l *ledger) ReleaseByID(id, _ string) error {
+	for _, ip := range slices.Clone(l.held[id]) {
+		path := disk.GetEscapedPath(l.dir, ip.String())
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("release address: %w", err)
+		}
+		l.held[id] = slices.DeleteFunc(l.held[id], ip.Equal)
+	}
+	delete(l.held, id)
+	return nil
+}
+
+// GetByID is called by the allocator between Lock and Unlock.
+func (l *ledger) GetByID(id, _ string) []net.IP { return slices.Clone(l.held[id]) }
+
+// release gives back every address of the pod. It is idempotent.
+func (l *ledger) release(podID string) (err error) {
+	if err := l.Lock(); err != nil {
+		return errors.Join(fmt.Errorf("lock address store: %w", err), l.Unlock())
+	}
+	defer func() { err = errors.Join(err, l.Unlock()) }()
+	return l.ReleaseByID(podID, podInterface)
+}
+
+// ensure reserves what a record says its pod has, where the store lost it: an address must never be given twice.
+func (l *ledger) ensure(r *record) (err error) {
+	if err := l.Lock(); err != nil {
+		return errors.Join(fmt.Errorf("lock address store: %w", err), l.Unlock())
+	}
+	defer func() { err = errors.Join(err, l.Unlock()) }()
+	for _, addr := range r.Addresses {
+		ip := net.IP(addr.AsSlice())
+		if slices.ContainsFunc(l.held[r.PodID], ip.Equal) {
+			continue
+		}
+		ok, err := l.Reserve(r.PodID, podInterface, ip, "0")
+		if err != nil {
+			return fmt.Errorf("reserve %s again: %w", addr, err)
+		}
+		if !ok {
+			return fmt.Errorf("address %s of pod %s belongs to another pod too: %w", addr, r.PodID, ErrInvalid)
+		}
+	}
+	return nil
+}
+
+// owners lists the pods that hold an address.
+func (l *ledger) owners() []string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	ids := make([]string, 0, len(l.held))
+	for id := range l.held {
+		ids = append(ids, id)
+	}
+	return ids
+}
+
+func (l *ledger) count() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	n := 0
+	for _, ips := range l.held {
+		n += len(ips)
+	}
+	return n
+}

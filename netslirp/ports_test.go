@@ -1,0 +1,123 @@
+package netslirp
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"testing"
+)
+
+func (p pod) addr() netip.Addr { return netip.MustParseAddr(p.ip) }
+
+func TestHostPorts(t *testing.T) {
+	l := newLab(t)
+	n := l.open()
+	server := l.attach(n, "server",
+		PortMapping{Protocol: "TCP", HostPort: 20080, ContainerPort: 80},
+		PortMapping{Protocol: "udp", HostPort: 20080, ContainerPort: 53},
+		PortMapping{Protocol: "tcp", HostPort: 20081, ContainerPort: 80, HostIP: "127.0.0.1"},
+		PortMapping{Protocol: "tcp", ContainerPort: 9})
+	client := l.attach(n, "client")
+	serveTCP(t, server.ns, ":80", "tcp")
+	serveUDP(t, server.ns, ":53", "udp")
+
+	// From the host, through the port driver.
+	wantAnswer(t, "", "tcp", "127.0.0.1:20080", "tcp 10.88.0.1")
+	wantAnswer(t, "", "tcp", "[::1]:20080", "tcp 10.88.0.1")
+	wantAnswer(t, "", "udp", "127.0.0.1:20080", "udp 10.88.0.1")
+	wantAnswer(t, "", "tcp", "127.0.0.1:20081", "tcp 10.88.0.1")
+	wantSilence(t, "", "tcp", "[::1]:20081")
+	// From another pod, at each of the node's addresses, with the pod's own address.
+	for _, node := range []string{"10.88.0.1", uplinkIP} {
+		wantAnswer(t, client.ns, "tcp", join(node, 20080), "tcp "+client.ip)
+		wantAnswer(t, client.ns, "udp", join(node, 20080), "udp "+client.ip)
+		wantSilence(t, client.ns, "tcp", join(node, 20081)) // asked for the host's loopback only
+	}
+	// From the pod itself, and from the node, where host-network pods are.
+	wantAnswer(t, server.ns, "tcp", join(uplinkIP, 20080), "tcp 10.88.0.1")
+	wantAnswer(t, server.ns, "udp", join(uplinkIP, 20080), "udp 10.88.0.1")
+	wantAnswer(t, l.node, "tcp", join(uplinkIP, 20080), "tcp "+uplinkIP)
+	// From outside the node, as another node of a cluster would.
+	wantAnswer(t, l.world, "tcp", join(uplinkIP, 20080), "tcp "+worldIP)
+
+	must(t, n.Detach(context.Background(), "server", server.ns))
+	wantSilence(t, "", "tcp", "127.0.0.1:20080")
+	wantSilence(t, client.ns, "tcp", join(uplinkIP, 20080))
+	must(t, n.Detach(context.Background(), "client", client.ns))
+	l.checkEmpty(n)
+}
+
+func TestHostPortConflictsNameThePort(t *testing.T) {
+	l := newLab(t)
+	n := l.open()
+	first := l.attach(n, "first", PortMapping{HostPort: 20080, ContainerPort: 80})
+	ask := func(ports ...PortMapping) error {
+		_, err := n.Attach(context.Background(), AttachRequest{PodID: "second", NetNS: newNetNS(t), Ports: ports})
+		return err
+	}
+	wantIs(t, ask(PortMapping{HostPort: 20080, ContainerPort: 81}), ErrPortInUse, "publish host port :20080/tcp: pod first has it")
+	wantIs(t, ask(PortMapping{HostPort: 20080, ContainerPort: 81, HostIP: "127.0.0.1"}), ErrPortInUse, "127.0.0.1:20080/tcp: pod first")
+	wantIs(t, ask(PortMapping{HostPort: 20082, ContainerPort: 1}, PortMapping{HostPort: 20082, ContainerPort: 2}), ErrPortInUse, "the same pod asks for")
+	wantIs(t, ask(PortMapping{HostPort: 20082, ContainerPort: 1, HostIP: "192.0.2.1"}), ErrInvalid, "the host has no address 192.0.2.1")
+	wantIs(t, ask(PortMapping{Protocol: "sctp", HostPort: 20082, ContainerPort: 1}), ErrUnsupported, "carries SCTP")
+	must(t, ask(PortMapping{Protocol: "udp", HostPort: 20080, ContainerPort: 81}))
+	must(t, n.Detach(context.Background(), "second", ""))
+	must(t, n.Detach(context.Background(), "first", first.ns))
+	must(t, ask(PortMapping{HostPort: 20080, ContainerPort: 81}))
+}
+
+func TestNormalize(t *testing.T) {
+	got, err := normalize([]PortMapping{{HostPort: 0, ContainerPort: 80, Protocol: "sctp"}, {HostPort: 1, ContainerPort: 2}})
+	if err != nil || fmt.Sprint(got) != "[:1/tcp]" {
+		t.Errorf("got %v, %v", got, err)
+	}
+	for _, bad := range []PortMapping{
+		{Protocol: "icmp", HostPort: 1, ContainerPort: 1},
+		{HostPort: -1, ContainerPort: 1}, {HostPort: 65536, ContainerPort: 1}, {HostPort: 1}, {HostPort: 1, ContainerPort: 65536},
+		{HostPort: 1, ContainerPort: 1, HostIP: "localhost"},
+	} {
+		_, err := normalize([]PortMapping{bad})
+		wantIs(t, err, ErrInvalid, "publish host port")
+	}
+}
+
+func TestOverlapsAsTheKernelBinds(t *testing.T) {
+	at := func(ip string) PortMapping { return PortMapping{Protocol: "tcp", HostPort: 80, HostIP: ip} }
+	for _, c := range []struct {
+		a, b string
+		want bool
+	}{
+		{"", "", true}, {"", "127.0.0.1", true}, {"", "::1", true}, {"0.0.0.0", "127.0.0.1", true}, {"0.0.0.0", "", true},
+		{"0.0.0.0", "::", false}, {"0.0.0.0", "::1", false}, {"::", "::1", true}, {"::", "127.0.0.1", false},
+		{"127.0.0.1", "127.0.0.1", true}, {"127.0.0.1", "127.0.0.2", false}, {"127.0.0.1", "::ffff:127.0.0.1", true},
+	} {
+		if got := at(c.a).overlaps(at(c.b)); got != c.want || at(c.b).overlaps(at(c.a)) != got {
+			t.Errorf("%q and %q overlap: %v", c.a, c.b, got)
+		}
+	}
+	udp := at("")
+	udp.Protocol = "udp"
+	if at("").overlaps(udp) {
+		t.Error("TCP and UDP do not share ports")
+	}
+}
+
+func TestExplainPublish(t *testing.T) {
+	m := PortMapping{Protocol: "tcp", HostPort: 80}
+	wantIs(t, explainPublish(errors.New("cannot expose privileged port 80, …: listen tcp :80: bind: permission denied"), m),
+		ErrPortReserved, "run: sudo sysctl -w net.ipv4.ip_unprivileged_port_start=80")
+	wantIs(t, explainPublish(errors.New("listen tcp :80: bind: address already in use"), m), ErrPortInUse, "another program")
+	other := errors.New("broken")
+	wantIs(t, explainPublish(other, m), other, "broken")
+}
+
+func TestSpec(t *testing.T) {
+	pod := netip.MustParseAddr("10.88.0.2")
+	for ip, proto := range map[string]string{"": "tcp", "0.0.0.0": "tcp4", "127.0.0.1": "tcp4", "::": "tcp6", "::1": "tcp6"} {
+		s := PortMapping{Protocol: "tcp", HostPort: 8080, ContainerPort: 80, HostIP: ip}.spec(pod)
+		if s.Proto != proto || s.ParentIP != ip || s.ParentPort != 8080 || s.ChildIP != "10.88.0.2" || s.ChildPort != 80 {
+			t.Errorf("%q: %+v", ip, s)
+		}
+	}
+}
