@@ -1,0 +1,91 @@
+# coracle: `make help` explains the targets.
+
+# The Go tool: the machine's own, or one that the script fetches (see scripts/go).
+GO      ?= $(CURDIR)/scripts/go
+PREFIX  ?= /usr/local
+VERSION ?= $(or $(CORACLE_VERSION),$(shell scripts/version.sh))
+# RUN narrows test-unit, e2e and bench to the tests whose name matches: make e2e RUN=TestCrictlWalk
+RUN     ?= .
+
+# RootlessKit's other network stacks stay out of the program: a third of its size and of each process's memory.
+LEAN := no_gvisortapvsock no_vpnkit no_lxcusernic
+# libcontainer with seccomp, by libseccomp; without checkpoint and restore, which the kernel does not grant here.
+KEEPER := seccomp runc_nocriu
+
+COVERED  = $(shell $(GO) list ./... | grep -v -x 'github.com/coracle-cri/coracle/e2e')
+CACHE   := $(CURDIR)/.cache
+CRICTL  := $(CACHE)/bin/crictl
+LINTER  := $(CACHE)/bin/golangci-lint-2.15.0
+LDFLAGS := -X main.version=$(VERSION)
+
+# Test programs are built and run below .cache, where an AppArmor profile can name them (scripts/setup.sh).
+export GOTMPDIR := $(CACHE)/tmp
+export GOFLAGS  := -buildvcs=false
+MAKEFLAGS += --no-print-directory
+
+.DEFAULT_GOAL := help
+.PHONY: help build install demo demo-here test test-here test-unit lint e2e bench bench-here fmt clean
+
+help: ## list the targets
+	@echo "coracle $(VERSION), a rootless CRI runtime"
+	@echo
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## build bin/coracle and bin/coracle-keeper
+	@mkdir -p bin $(GOTMPDIR)
+	@$(GO) build -trimpath -tags "$(LEAN)" -ldflags "$(LDFLAGS)" -o bin/coracle ./cmd/coracle
+	@CGO_ENABLED=1 $(GO) build -trimpath -tags "$(KEEPER)" -ldflags "$(LDFLAGS)" -o bin/coracle-keeper ./cmd/coracle-keeper
+
+install: build ## install both programs into $(PREFIX)/bin (PREFIX=~/.local needs no root)
+	install -D -m 0755 bin/coracle $(DESTDIR)$(PREFIX)/bin/coracle
+	install -D -m 0755 bin/coracle-keeper $(DESTDIR)$(PREFIX)/bin/coracle-keeper
+
+demo: ## install what is missing, start a node, run a pod on it through crictl, clean up
+	@scripts/setup.sh --demo
+	@scripts/as-user.sh make demo-here
+
+demo-here: build $(CRICTL)
+	@scripts/demo.sh
+
+test: ## install what is missing, then run every test as an ordinary user
+	@scripts/setup.sh --test
+	@scripts/as-user.sh make test-here
+
+# Every test, as the calling user, on a machine that is set up.
+test-here: build test-unit e2e
+
+test-unit: ## unit and kernel tests, as the calling user (not root)
+	@mkdir -p $(GOTMPDIR)
+	@$(GO) test -tags "$(LEAN) $(KEEPER)" -run '$(RUN)' -timeout 15m $(COVERED)
+
+lint: $(LINTER) ## go vet and golangci-lint, at a pinned version
+	@mkdir -p $(GOTMPDIR)
+	@$(GO) vet -tags "$(LEAN) $(KEEPER)" ./...
+	@PATH="$(dir $(GO)):$$PATH" $(LINTER) run --build-tags "$(LEAN) $(KEEPER)" ./...
+
+e2e: build $(CRICTL) ## end-to-end tests, as the calling user (not root); RUN=TestName for some
+	@CORACLE_E2E=$(CURDIR)/bin CORACLE_E2E_CRICTL=$(CRICTL) $(GO) test -v -count=1 -timeout 60m -run '$(RUN)' ./e2e
+
+bench: ## medians of the CRI's calls on a node of its own
+	@scripts/setup.sh --demo
+	@scripts/as-user.sh make bench-here
+
+bench-here: build
+	@scripts/demo.sh --bench
+
+fmt: ## format the Go files
+	@gofmt -s -w $$(find . -name '*.go' -not -path './.cache/*')
+
+clean: ## remove what was built and fetched
+	@[ ! -d $(CACHE) ] || chmod -R u+w $(CACHE)
+	rm -rf bin $(CACHE)
+
+$(CRICTL): e2e/tools/go.mod e2e/tools/go.sum
+	@mkdir -p $(dir $@) $(GOTMPDIR)
+	@echo "building crictl" >&2
+	@cd e2e/tools && $(GO) build -trimpath -ldflags "-X sigs.k8s.io/cri-tools/pkg/version.Version=$$($(GO) list -m -f '{{.Version}}' sigs.k8s.io/cri-tools | sed s/^v//)" -o $@ sigs.k8s.io/cri-tools/cmd/crictl
+
+$(LINTER):
+	@mkdir -p $(dir $@) $(GOTMPDIR)
+	@GOBIN=$(dir $@) $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
+	@mv $(dir $@)golangci-lint $@

@@ -1,0 +1,66 @@
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/coracle-cri/coracle/cgroupv2"
+	"github.com/coracle-cri/coracle/ctr/keeper"
+)
+
+// version is set by the linker.
+var version = "dev"
+
+// init comes before main's flags: as a container's init this program has the argument "init" and no others.
+func init() { keeper.Init() }
+
+func main() {
+	if err := run(os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "coracle-keeper:", err)
+		os.Exit(1)
+	}
+}
+
+func run(args []string) error {
+	flags := flag.NewFlagSet("coracle-keeper", flag.ContinueOnError)
+	dir := flags.String("runtime-dir", "", "directory of the keeper's socket and records; it must exist")
+	mountCgroup := flags.Bool("cgroup-mount", false, "mount the node's cgroup2 tree on /sys/fs/cgroup")
+	debug := flags.Bool("debug", false, "log more")
+	showVersion := flags.Bool("version", false, "print the version and exit")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	if *showVersion {
+		fmt.Println(version)
+		return nil
+	}
+	if *dir == "" {
+		return fmt.Errorf("--runtime-dir is missing")
+	}
+	level := slog.LevelInfo
+	if *debug {
+		level = slog.LevelDebug
+	}
+	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})).With("program", "keeper")
+
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	if err := keeper.Prepare(log); err != nil {
+		return err
+	}
+	if *mountCgroup {
+		if err := cgroupv2.MountInside(); err != nil {
+			return err
+		}
+	}
+	k, err := keeper.Open(keeper.Config{RuntimeDir: *dir, Version: version, Daemon: flags.Args(), Log: log})
+	if err != nil {
+		return err
+	}
+	return k.Run(ctx)
+}

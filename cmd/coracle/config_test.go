@@ -1,0 +1,99 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/spf13/pflag"
+)
+
+func resolve(t *testing.T, file string, args ...string) (config, error) {
+	t.Helper()
+	t.Setenv("XDG_CONFIG_HOME", t.TempDir())
+	if file != "" {
+		path := filepath.Join(t.TempDir(), "c.yaml")
+		if err := os.WriteFile(path, []byte(file), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		args = append(args, "--config", path)
+	}
+	flags := pflag.NewFlagSet("test", pflag.ContinueOnError)
+	s := newSettings(flags)
+	if err := flags.Parse(args); err != nil {
+		return config{}, err
+	}
+	return s.resolve(flags)
+}
+
+func TestFlagsBeatVariablesBeatFileBeatDefaults(t *testing.T) {
+	c, err := resolve(t, "")
+	if err != nil || c.Network.MTU != 65520 || c.Limits != "best-effort" {
+		t.Fatalf("defaults: %+v, %v", c, err)
+	}
+	file := "network: {mtu: 1400, podCIDR: 10.1.0.0/24}\nlimits: strict\nregistries: {docker.io: {mirrors: [\"http://127.0.0.1:5000\"]}}\n"
+	t.Setenv("CORACLE_NETWORK_MTU", "1500")
+	t.Setenv("CORACLE_HOST_LOOPBACK", "true")
+	c, err = resolve(t, file, "--limits=best-effort")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.Network.MTU != 1500 || c.Network.PodCIDR != "10.1.0.0/24" || c.Limits != "best-effort" || !c.Network.HostLoopback {
+		t.Errorf("mixed: %+v", c)
+	}
+	if len(c.Registries["docker.io"].Mirrors) != 1 {
+		t.Errorf("registries: %+v", c.Registries)
+	}
+}
+
+func TestABadSettingIsNamed(t *testing.T) {
+	for _, c := range []struct {
+		file string
+		args []string
+		says string
+	}{
+		{"limts: strict\n", nil, `unknown field "limts"`},
+		{"limits: loose\n", nil, "limits: \"loose\" is none of"},
+		{"network: {mtu: -1}\n", nil, "network.mtu"},
+		{"copyUp: [/tmp]\n", nil, "copyUp[0]"},
+		{"", []string{"--network-mtu=big"}, "--network-mtu"},
+		{"", []string{"--host-loopback=perhaps"}, "--host-loopback"},
+		{"", []string{"--config=/nonexistent/c.yaml"}, "no such file"},
+	} {
+		_, err := resolve(t, c.file, c.args...)
+		if err == nil || !strings.Contains(err.Error(), c.says) {
+			t.Errorf("file %q, args %v: %v; want %q in it", c.file, c.args, err, c.says)
+		}
+	}
+}
+
+// The daemon is started with the parent's settings as flags: nothing may be lost on the way.
+func TestSettingsSurviveTheirOwnRendering(t *testing.T) {
+	t.Setenv("XDG_CONFIG_HOME", t.TempDir())
+	flags := pflag.NewFlagSet("test", pflag.ContinueOnError)
+	s := newSettings(flags)
+	if err := flags.Parse([]string{"--name=a", "--network-mtu=1400", "--host-loopback", "--limits=strict", "--log-level=debug", "--pod-cidr=10.9.0.0/16"}); err != nil {
+		t.Fatal(err)
+	}
+	first, err := s.resolve(flags)
+	if err != nil {
+		t.Fatal(err)
+	}
+	second, err := resolve(t, "", s.args(first)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, k := range keys {
+		if k.get(first) != k.get(second) {
+			t.Errorf("%s: %q became %q", k.name, k.get(first), k.get(second))
+		}
+	}
+}
+
+func TestDetachIsNotPassedOn(t *testing.T) {
+	got := strings.Join(withoutDetach([]string{"up", "--detach", "--name", "x", "--detach=true"}), " ")
+	if got != "up --name x" {
+		t.Errorf("got %q", got)
+	}
+}

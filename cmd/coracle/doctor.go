@@ -1,0 +1,68 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/coracle-cri/coracle/cgroupv2"
+	"github.com/coracle-cri/coracle/netslirp"
+	"github.com/coracle-cri/coracle/rootless"
+)
+
+func doctorCommand(s *settings) *cobra.Command {
+	return &cobra.Command{
+		Use:   "doctor",
+		Short: "Check this host for what a node needs, without starting one",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := s.resolve(cmd.Flags())
+			if err != nil {
+				return err
+			}
+			return runDoctor(c, cmd.OutOrStdout())
+		},
+	}
+}
+
+// runDoctor prints a line a check; its error says how many forbid a node.
+func runDoctor(c config, out io.Writer) error {
+	bad := 0
+	report := func(what string, err error) {
+		var p *rootless.Problem
+		switch {
+		case err == nil:
+			fmt.Fprintf(out, "ok    %s\n", what)
+			return
+		case errors.As(err, &p):
+			fmt.Fprintf(out, "FAIL  %s: %s\n      run: %s\n", p.Check, p.Cause, p.Fix)
+		default:
+			fmt.Fprintf(out, "FAIL  %s: %v\n", what, err)
+		}
+		bad++
+	}
+	_, err := rootless.NewNode(c.Name, os.Getenv)
+	report("runtime and data directories", err)
+	problems := rootless.Preflight()
+	for _, p := range problems {
+		report(p.Check, p)
+	}
+	if len(problems) == 0 {
+		report("user, user namespaces, id map helpers, subordinate ids, programs", nil)
+	}
+	report("network driver "+c.Network.Driver, netslirp.CheckDriver(driverConfig(c, io.Discard)))
+	_, err = keeperPath()
+	report("coracle-keeper", err)
+	delegation, err := cgroupv2.Find()
+	report("cgroup: "+delegation.Sentence, err)
+	if delegation.Hint != "" {
+		fmt.Fprintf(out, "      %s\n", delegation.Hint)
+	}
+	if bad > 0 {
+		return fmt.Errorf("%d of the checks forbid a node", bad)
+	}
+	return nil
+}

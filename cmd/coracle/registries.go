@@ -1,0 +1,14 @@
+package main
+
+// registriesHelp documents the one structured section of the file.
+const registriesHelp = `registries
+    how registries are reached; file only. Keys are registry hosts as image names have them:
+
+      registries:
+        docker.io:
+          mirrors: ["http://127.0.0.1:5000"]   # tried in order before the registry itself
+        registry.example.com:5000:
+          caFile: /home/me/ca.pem               # trust this authority for its certificate
+        registry.example.org:
+          insecure: true                        # plain HTTP, or a certificate that nothing vouches for
+`

@@ -1,0 +1,151 @@
+package keeper
+
+import (
+	"bytes"
+	"context"
+	"log/slog"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+)
+
+// children knows which child processes are the keeper's own: the init processes, the processes of exec, the
+// daemon. As a subreaper the keeper also becomes the parent of orphans (what a container in the node's pid
+// namespace leaves behind, helpers of a daemon that died), and those it reaps.
+//
+// libcontainer and os/exec wait for short-lived children of which only they know the pid. So no orphan is reaped
+// while a launch is under way: launches hold launching for reading, the reaper takes it for writing if it can at
+// once, and is poked by the end of the launch if it could not.
+type children struct {
+	log       *slog.Logger
+	launching sync.RWMutex
+	skipped   atomic.Bool   // a look was put off
+	poke      chan struct{} // capacity 1
+
+	mu    sync.Mutex
+	known map[int]struct{}
+}
+
+func newChildren(log *slog.Logger) *children {
+	return &children{log: log, poke: make(chan struct{}, 1), known: map[int]struct{}{}}
+}
+
+// launch runs start, which makes a child and returns its pid, and keeps the reaper away until the pid is known.
+func (c *children) launch(start func() (int, error)) (int, error) {
+	c.launching.RLock()
+	pid, err := start()
+	if err == nil {
+		c.mu.Lock()
+		c.known[pid] = struct{}{}
+		c.mu.Unlock()
+	}
+	c.launching.RUnlock()
+	if c.skipped.Load() {
+		c.look()
+	}
+	return pid, err
+}
+
+// collect runs wait, which takes the status of an own child that has ended, and forgets the child. Both happen
+// under the lock, because the pid is free for another child as soon as the status is taken.
+func (c *children) collect(pid int, wait func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	wait()
+	delete(c.known, pid)
+}
+
+// look makes the reaper look again.
+func (c *children) look() {
+	select {
+	case c.poke <- struct{}{}:
+	default:
+	}
+}
+
+// run reaps orphans until ctx ends.
+func (c *children) run(ctx context.Context) {
+	died := make(chan os.Signal, 1)
+	signal.Notify(died, unix.SIGCHLD)
+	defer signal.Stop(died)
+	for {
+		c.reapOrphans()
+		select {
+		case <-died:
+		case <-c.poke:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (c *children) reapOrphans() {
+	c.skipped.Store(true)
+	if !c.launching.TryLock() {
+		return // the end of the launch pokes
+	}
+	c.skipped.Store(false)
+	defer c.launching.Unlock()
+	pids, err := childPids()
+	if err != nil {
+		c.log.Error("find orphans", "error", err)
+		return
+	}
+	for _, pid := range pids {
+		c.reap(pid)
+	}
+}
+
+// reap takes the status of one orphan, if pid is one and has ended.
+func (c *children) reap(pid int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if _, own := c.known[pid]; own {
+		return
+	}
+	var status unix.WaitStatus
+	_, _ = unix.Wait4(pid, &status, unix.WNOHANG, nil) // lives, is a zombie, or is no child of ours: all fine
+}
+
+// childPids lists the direct children of every thread of the keeper.
+func childPids() ([]int, error) {
+	lists, err := filepath.Glob("/proc/self/task/*/children")
+	if err != nil {
+		return nil, err
+	}
+	if len(lists) == 0 {
+		return childPidsByParent() // a kernel without CONFIG_PROC_CHILDREN
+	}
+	var pids []int
+	for _, list := range lists {
+		raw, err := os.ReadFile(list)
+		if err != nil {
+			continue // the thread has ended; its children went to another one
+		}
+		for field := range bytes.FieldsSeq(raw) {
+			if pid, err := strconv.Atoi(string(field)); err == nil {
+				pids = append(pids, pid)
+			}
+		}
+	}
+	return pids, nil
+}
+
+func childPidsByParent() ([]int, error) {
+	all, err := allProcs()
+	if err != nil {
+		return nil, err
+	}
+	var pids []int
+	for _, p := range all {
+		if p.parent == os.Getpid() {
+			pids = append(pids, p.pid)
+		}
+	}
+	return pids, nil
+}

@@ -1,0 +1,347 @@
+package keeper
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/opencontainers/runc/libcontainer"
+	"golang.org/x/sys/unix"
+
+	"github.com/coracle-cri/coracle/ctr/wire"
+)
+
+const (
+	// drainTimeout bounds how long an exit waits for the last output. A process elsewhere that still holds the
+	// pipe must not hide the exit; what it writes later is logged all the same.
+	drainTimeout = time.Second
+
+	// killTimeout bounds the wait for processes that were killed. Only one in an uninterruptible sleep takes long.
+	killTimeout = 10 * time.Second
+)
+
+// container is one container: its facts under mu, and the parent's handles, which are set before ready is closed
+// and not changed afterwards.
+type container struct {
+	keeper *Keeper
+	id     string
+	ready  chan struct{} // closed when the creation has ended, well or not
+	exited chan struct{} // closed when the exit is recorded and told
+
+	lc     *libcontainer.Container // nil for a container of an earlier keeper
+	proc   *libcontainer.Process
+	init   *process
+	stdio  *stdio
+	member membership
+
+	op       sync.RWMutex   // one operation at a time; the start of an exec is a reader
+	sessions sync.WaitGroup // execs that run
+
+	record sync.Mutex // held from reading the state to its being on disk; before mu
+
+	mu     sync.Mutex
+	state  wire.State
+	ending bool   // the init process has ended
+	seq    uint64 // of the exit event; 0 where there is none
+}
+
+func newContainer(k *Keeper, id string) *container {
+	return &container{keeper: k, id: id, ready: make(chan struct{}), exited: make(chan struct{}), state: wire.State{ID: id}}
+}
+
+func (c *container) snapshot() wire.State {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.state
+}
+
+// create makes a container whose init waits to be started. On an error nothing of it is left.
+func (k *Keeper) create(id string, req *wire.Create) (wire.State, error) {
+	if err := check(id, req); err != nil {
+		return wire.State{}, err
+	}
+	c := newContainer(k, id)
+	if err := k.reserve(c); err != nil {
+		return wire.State{}, err
+	}
+	created := false
+	defer func() {
+		if !created {
+			k.drop(c)
+		}
+		close(c.ready)
+	}()
+	if err := c.launch(req); err != nil {
+		return wire.State{}, err
+	}
+	created = true
+	return c.snapshot(), nil
+}
+
+// launch starts the init process with its streams, and commits the container by its record.
+func (c *container) launch(req *wire.Create) (err error) {
+	var undo undoStack
+	committed := false
+	defer func() {
+		if !committed {
+			err = errors.Join(err, undo.run())
+		}
+	}()
+	log, err := openLogFile(req.LogPath, c.keeper.log)
+	if err != nil {
+		return err
+	}
+	undo.push(func() error { log.close(); return nil })
+	proc, err := newProcess(req.Spec.Process)
+	if err != nil {
+		return err
+	}
+	proc.Init = true
+	pl, err := newPlumbing(req, proc, log)
+	if err != nil {
+		return err
+	}
+	undo.push(func() error { pl.abandon(); return nil })
+	lc, err := newLibcontainer(c.keeper.stateDir(), c.id, req.Spec)
+	if err != nil {
+		return err
+	}
+	undo.push(lc.Destroy)
+	pid, err := c.keeper.children.launch(func() (int, error) {
+		if err := lc.Start(proc); err != nil {
+			return 0, err
+		}
+		return proc.Pid()
+	})
+	if err != nil {
+		return fmt.Errorf("create container: %w", err)
+	}
+	undo.push(func() error {
+		_ = unix.Kill(pid, unix.SIGKILL) // our child, not reaped: the pid is its own
+		c.keeper.children.collect(pid, func() { _, _ = proc.Wait() })
+		return nil
+	})
+	init, err := openProcess(pid)
+	if err != nil {
+		return err
+	}
+	undo.push(func() error { init.close(); return nil })
+	stdio, err := pl.connect(req)
+	if err != nil {
+		return err
+	}
+	undo.push(func() error { stdio.close(); return nil })
+	member, err := membershipOf(pid, req.Spec)
+	if err != nil {
+		return err
+	}
+	undo.push(func() error { member.release(); return nil })
+	state := wire.State{ID: c.id, Pid: pid, PidStart: init.start, CreatedAt: time.Now()}
+	if err := c.keeper.writeRecord(state); err != nil {
+		return err
+	}
+	committed = true
+	c.lc, c.proc, c.init, c.stdio, c.member = lc, proc, init, stdio, member
+	c.mu.Lock()
+	c.state = state
+	c.mu.Unlock()
+	c.keeper.tasks.Go(c.watch)
+	return nil
+}
+
+// start lets the init process, which waits in its open of a FIFO, execute the container's program.
+func (c *container) start() (wire.State, error) {
+	c.op.Lock()
+	defer c.op.Unlock()
+	switch s := c.snapshot(); {
+	case s.Exited():
+		return wire.State{}, fmt.Errorf("it has exited with code %d: %w", s.ExitCode, wire.ErrNotRunning)
+	case !s.StartedAt.IsZero():
+		return wire.State{}, errors.New("it is started already")
+	}
+	// Stamped first, so that the exit of a short program is never told without its start.
+	c.mu.Lock()
+	c.state.StartedAt = time.Now()
+	c.mu.Unlock()
+	if err := c.openFifo(); err != nil {
+		err = fmt.Errorf("start container: %w", err)
+		c.mu.Lock()
+		c.state.StartedAt, c.state.Error = time.Time{}, err.Error()
+		c.mu.Unlock()
+		c.save()
+		return wire.State{}, err
+	}
+	c.save()
+	return c.snapshot(), nil
+}
+
+// openFifo is what libcontainer's Exec does, without its thread that stays behind in open(2) where the init
+// process has died. Opened for both directions a FIFO never blocks and never ends (fifo(7)); the byte that comes
+// is init's word that it has passed.
+func (c *container) openFifo() error {
+	path := filepath.Join(c.keeper.stateDir(), c.id, "exec.fifo")
+	fifo, err := os.OpenFile(path, os.O_RDWR|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return err
+	}
+	defer fifo.Close()
+	stop := make(chan struct{})
+	defer close(stop)
+	c.keeper.tasks.Go(func() {
+		select {
+		case <-c.exited:
+		case <-stop:
+		}
+		_ = fifo.SetReadDeadline(time.Unix(1, 0)) // closed: the read is over anyway
+	})
+	var passed [1]byte
+	if _, err := fifo.Read(passed[:]); err != nil {
+		return errors.New("its init process is dead")
+	}
+	return os.Remove(path) // libcontainer takes the FIFO's presence for "created"
+}
+
+// save writes the record of the present state. The transition goes on if that fails: the container is what it is.
+func (c *container) save() {
+	c.record.Lock()
+	defer c.record.Unlock()
+	if err := c.keeper.writeRecord(c.snapshot()); err != nil {
+		c.keeper.log.Error("container state is not on disk", "container", c.id, "error", err)
+	}
+}
+
+// watch waits for the end of the init process, records it and tells it. It runs once, from the creation on.
+func (c *container) watch() {
+	if err := c.init.await(); err != nil {
+		c.keeper.log.Error("await container", "container", c.id, "error", err)
+	}
+	finished := time.Now()
+	code := lostExitCode
+	c.keeper.children.collect(c.init.pid, func() {
+		if state, err := c.proc.Wait(); state != nil {
+			code = exitCode(state)
+		} else {
+			c.keeper.log.Error("collect exit status", "container", c.id, "error", err)
+		}
+	})
+	c.mu.Lock()
+	c.ending = true
+	c.mu.Unlock()
+	// In a shared pid namespace nobody else ends what the init process has left behind.
+	if err := c.empty(); err != nil {
+		c.keeper.log.Error("end processes of an exited container", "container", c.id, "error", err)
+	}
+	for _, o := range c.stdio.outputs() {
+		o.drained(time.Until(finished.Add(drainTimeout)))
+	}
+	c.finish(finished, code)
+}
+
+func (c *container) finish(at time.Time, code int) {
+	c.record.Lock()
+	defer c.record.Unlock()
+	s := c.snapshot()
+	s.FinishedAt, s.ExitCode, s.OOMKilled = at, code, oomKilled(c.member.cgroup)
+	if err := c.keeper.writeRecord(s); err != nil {
+		c.keeper.log.Error("exit is not on disk", "container", c.id, "exit_code", code, "error", err)
+	}
+	c.mu.Lock()
+	c.state.FinishedAt, c.state.ExitCode, c.state.OOMKilled = s.FinishedAt, s.ExitCode, s.OOMKilled
+	if s.OOMKilled {
+		c.keeper.journal.append(wire.EventOOM, c.state)
+	}
+	c.seq = c.keeper.journal.append(wire.EventExit, c.state)
+	c.mu.Unlock()
+	close(c.exited)
+}
+
+// kill sends a signal to the init process or to all; a container that has exited already is no error.
+func (c *container) kill(req wire.Kill) error {
+	if req.Signal <= 0 || req.Signal > 64 {
+		return fmt.Errorf("signal %d does not exist: %w", int(req.Signal), wire.ErrBadRequest)
+	}
+	if c.snapshot().Exited() {
+		return nil
+	}
+	switch {
+	case !req.All:
+		return c.init.signal(req.Signal)
+	case req.Signal == syscall.SIGKILL:
+		return c.killAll()
+	}
+	members, err := c.members()
+	if err != nil {
+		return err
+	}
+	signalProcs(members, req.Signal)
+	return nil
+}
+
+// destroy kills what lives of the container and takes everything away but its record. It may be called again.
+func (c *container) destroy(ctx context.Context) error {
+	select {
+	case <-c.ready:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	if c.lc == nil {
+		return nil // of an earlier keeper, or never created
+	}
+	// Before op, which the start of an exec may hold: it ends with the container's processes.
+	if err := c.killAll(); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, killTimeout+drainTimeout)
+	defer cancel()
+	select {
+	case <-c.exited:
+	case <-ctx.Done():
+		return fmt.Errorf("await end of process %d: %w", c.init.pid, ctx.Err())
+	}
+	c.op.Lock()
+	defer c.op.Unlock()
+	if err := c.empty(); err != nil {
+		return err
+	}
+	c.sessions.Wait()
+	c.stdio.close()
+	c.init.close()
+	return c.lc.Destroy()
+}
+
+// remove deletes the container: destroy, and the record goes.
+func (k *Keeper) remove(ctx context.Context, id string) error {
+	c, err := k.lookup(ctx, id)
+	if errors.Is(err, wire.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if err := c.destroy(ctx); err != nil {
+		return fmt.Errorf("delete container: %w", err)
+	}
+	if err := k.removeRecord(id); err != nil {
+		return err
+	}
+	k.drop(c)
+	return nil
+}
+
+// undoStack is run last in, first out.
+type undoStack []func() error
+
+func (u *undoStack) push(f func() error) { *u = append(*u, f) }
+
+func (u *undoStack) run() error {
+	var errs []error
+	for i := len(*u) - 1; i >= 0; i-- {
+		errs = append(errs, (*u)[i]())
+	}
+	return errors.Join(errs...)
+}

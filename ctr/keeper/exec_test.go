@@ -1,0 +1,446 @@
+package keeper_test
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/coracle-cri/coracle/ctr"
+)
+
+// execCode runs a program in a container to its end.
+func (n *node) execCode(id string, args ...string) int {
+	n.t.Helper()
+	s, err := n.Exec(context.Background(), ctr.ExecRequest{ContainerID: id, Process: process(args...)})
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	code, err := s.Wait(context.Background())
+	if err := errors.Join(err, s.Close()); err != nil {
+		n.t.Fatal(err)
+	}
+	return code
+}
+
+func (n *node) idle(id string) ctr.State {
+	n.t.Helper()
+	state := n.create(id, sh("trap 'exit 0' TERM; echo ready; while :; do sleep 0.05; done"))
+	n.start(id)
+	return state
+}
+
+func TestExecHasItsStreamsAndExitCode(t *testing.T) {
+	n := newNode(t)
+	ctx := context.Background()
+	n.idle("c1")
+	inR, inW := pipe(t)
+	outR, outW := pipe(t)
+	errR, errW := pipe(t)
+	p := process("/bin/sh", "-c", "cat; echo $WORD >&2; exit 42")
+	p.Env = append(p.Env, "WORD=hello")
+	s, err := n.Exec(ctx, ctr.ExecRequest{ContainerID: "c1", Process: p, Streams: ctr.Streams{Stdin: inR, Stdout: outW, Stderr: errW}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := inW.WriteString("through the pipe\n"); err != nil {
+		t.Fatal(err)
+	}
+	inW.Close()
+	if got := readAll(t, outR); got != "through the pipe\n" {
+		t.Errorf("stdout %q", got)
+	}
+	if got := readAll(t, errR); got != "hello\n" {
+		t.Errorf("stderr %q", got)
+	}
+	if code, err := s.Wait(ctx); code != 42 || err != nil {
+		t.Errorf("exit %d, %v", code, err)
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+	if code := n.execCode("c1", "/bin/sh", "-c", "kill -9 $$"); code != 137 {
+		t.Errorf("killed by a signal: %d", code)
+	}
+	// Without streams they are /dev/null.
+	if code := n.execCode("c1", "/bin/sh", "-c", "read x || exit 11"); code != 11 {
+		t.Errorf("read from no stdin: %d", code)
+	}
+}
+
+func TestExecThatCannotStartSaysWhy(t *testing.T) {
+	n := newNode(t)
+	ctx := context.Background()
+	n.create("c1", sh("sleep 1000"))
+	exec := func(id string, p *specs.Process) error {
+		r, w := pipe(t)
+		s, err := n.Exec(ctx, ctr.ExecRequest{ContainerID: id, Process: p, Streams: ctr.Streams{Stdout: w}})
+		if err == nil {
+			return s.Close()
+		}
+		if got := readAll(t, r); got != "" { // and its streams are closed
+			t.Errorf("output %q", got)
+		}
+		return err
+	}
+	if err := exec("c1", process("true")); !errors.Is(err, ctr.ErrNotRunning) {
+		t.Errorf("in a container that is not started: %v", err)
+	}
+	if err := exec("nobody", process("true")); !errors.Is(err, ctr.ErrNotFound) {
+		t.Errorf("in an unknown container: %v", err)
+	}
+	n.start("c1")
+	if err := exec("c1", process("nope")); err == nil || !strings.Contains(err.Error(), `"nope": executable file not found in $PATH`) {
+		t.Errorf("of no program: %v", err)
+	}
+	if err := exec("c1", &specs.Process{}); err == nil || !strings.Contains(err.Error(), "no command") {
+		t.Errorf("of nothing: %v", err)
+	}
+	n.delete("c1")
+	n.run("c2", sh("true"))
+	if err := exec("c2", process("true")); !errors.Is(err, ctr.ErrNotRunning) {
+		t.Errorf("in an exited container: %v", err)
+	}
+}
+
+func TestExecHasATerminalThatResizes(t *testing.T) {
+	n := newNode(t)
+	ctx := context.Background()
+	n.idle("c1")
+	p := process("/bin/sh", "-c", "stty size; tty; read line; stty size; echo got $line; exit 5")
+	p.ConsoleSize = &specs.Box{Width: 80, Height: 24}
+	s, err := n.Exec(ctx, ctr.ExecRequest{ContainerID: "c1", Process: p, TTY: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	console := s.Console()
+	lines := bufio.NewScanner(console)
+	expect := func(want string) {
+		t.Helper()
+		if !lines.Scan() || lines.Text() != want {
+			t.Fatalf("terminal says %q, want %q", lines.Text(), want)
+		}
+	}
+	expect("24 80")
+	expect("/dev/pts/0")
+	raw, err := console.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := raw.Control(func(fd uintptr) {
+		err = unix.IoctlSetWinsize(int(fd), unix.TIOCSWINSZ, &unix.Winsize{Row: 50, Col: 132})
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := console.WriteString("typed\n"); err != nil {
+		t.Fatal(err)
+	}
+	expect("typed") // the terminal's echo
+	expect("50 132")
+	expect("got typed")
+	if code, err := s.Wait(ctx); code != 5 || err != nil {
+		t.Errorf("exit %d, %v", code, err)
+	}
+	if _, err := console.Read(make([]byte, 10)); !errors.Is(err, unix.EIO) {
+		t.Errorf("read after the end: %v, want EIO: nobody else may hold the terminal", err)
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestAGivenUpExecIsKilledWithAllItsProcesses(t *testing.T) {
+	n := newNode(t)
+	n.idle("c1")
+	n.create("shared", pidNamespace(sh("sleep 1000"), ""))
+	n.start("shared")
+	for _, id := range []string{"c1", "shared"} {
+		for name, giveUp := range map[string]func(*ctr.ExecSession, context.CancelFunc) error{
+			"close":  func(s *ctr.ExecSession, _ context.CancelFunc) error { return s.Close() },
+			"cancel": func(s *ctr.ExecSession, cancel context.CancelFunc) error { cancel(); return nil },
+		} {
+			ctx, cancel := context.WithCancel(context.Background())
+			defer cancel()
+			r, w := pipe(t)
+			// A child, an orphan of the same session, and a child in a session of its own.
+			s, err := n.Exec(ctx, ctr.ExecRequest{ContainerID: id, Streams: ctr.Streams{Stdout: w},
+				Process: process("/bin/sh", "-c", "sleep 1501 & (sleep 1502 &); setsid sleep 1503 & echo up; sleep 1504")})
+			if err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, "all four run", func() bool { return running("sleep 150") >= 4 })
+			if err := giveUp(s, cancel); err != nil {
+				t.Fatal(err)
+			}
+			if name == "close" && running("sleep 150") > 0 {
+				t.Errorf("%s %s: left when Close has returned:\n%s", id, name, processes())
+			}
+			eventually(t, "all are dead", func() bool { return running("sleep 150") == 0 })
+			if got := readAll(t, r); got != "up\n" {
+				t.Errorf("output %q", got)
+			}
+			if name == "cancel" {
+				if _, err := s.Wait(context.Background()); !errors.Is(err, context.Canceled) {
+					t.Errorf("wait: %v", err)
+				}
+				_ = s.Close()
+			}
+		}
+		if !n.state(id).Running() {
+			t.Errorf("%s was killed too", id)
+		}
+	}
+}
+
+func TestWhatAnExecLeavesInTheBackgroundGoesOn(t *testing.T) {
+	n := newNode(t)
+	n.idle("c1")
+	if code := n.execCode("c1", "/bin/sh", "-c", "sleep 1601 &"); code != 0 {
+		t.Fatalf("exit %d", code)
+	}
+	time.Sleep(50 * time.Millisecond)
+	if running("sleep 1601") == 0 {
+		t.Error("the background process is gone")
+	}
+	n.delete("c1")
+	if running("sleep 1601") > 0 {
+		t.Error("the background process has outlived the container")
+	}
+}
+
+func TestExecsEndWithTheirContainer(t *testing.T) {
+	n := newNode(t)
+	ctx := context.Background()
+	for _, pid := range []string{"own", "shared"} {
+		s := sh("sleep 1000")
+		if pid == "shared" {
+			s = pidNamespace(s, "")
+		}
+		n.create(pid, s)
+		n.start(pid)
+		var sessions []*ctr.ExecSession
+		for range 4 {
+			e, err := n.Exec(ctx, ctr.ExecRequest{ContainerID: pid, Process: process("sleep", "1000")})
+			if err != nil {
+				t.Fatal(err)
+			}
+			sessions = append(sessions, e)
+		}
+		n.delete(pid)
+		for _, e := range sessions {
+			if code, err := e.Wait(ctx); code != 137 || err != nil {
+				t.Errorf("%s: exit %d, %v", pid, code, err)
+			}
+			_ = e.Close()
+		}
+	}
+}
+
+func TestExecsRaceWithTheEndOfTheirContainer(t *testing.T) {
+	n := newNode(t)
+	for i := range 10 {
+		id := fmt.Sprintf("c%d", i)
+		s := sh("sleep 1000")
+		if i%2 == 1 {
+			s = pidNamespace(s, "")
+		}
+		n.create(id, s)
+		n.start(id)
+		var wg sync.WaitGroup
+		for range 3 {
+			wg.Go(func() {
+				for {
+					e, err := n.Exec(context.Background(), ctr.ExecRequest{ContainerID: id, Process: process("sleep", "1000")})
+					if err != nil {
+						if !errors.Is(err, ctr.ErrNotRunning) && !errors.Is(err, ctr.ErrNotFound) {
+							t.Errorf("exec: %v", err)
+						}
+						return
+					}
+					defer e.Close()
+				}
+			})
+		}
+		time.Sleep(time.Duration(i*3) * time.Millisecond)
+		n.delete(id)
+		wg.Wait()
+		if running("sleep 1000") > 0 {
+			t.Fatalf("left:\n%s", processes())
+		}
+	}
+}
+
+func TestAttachReadsAndWrites(t *testing.T) {
+	n := newNode(t)
+	ctx := context.Background()
+	stdin := func(r *ctr.CreateRequest) { r.Stdin = true }
+	n.create("c1", sh("while read line; do echo out $line; echo err $line >&2; [ $line = end ] && exit 3; done; exit 4"), stdin)
+	n.start("c1")
+	type client struct {
+		in       *os.File
+		out, err *bufio.Scanner
+		done     chan error
+		cancel   context.CancelFunc
+	}
+	attach := func() client {
+		inR, inW := pipe(t)
+		outR, outW := pipe(t)
+		errR, errW := pipe(t)
+		ctx, cancel := context.WithCancel(ctx)
+		c := client{in: inW, out: bufio.NewScanner(outR), err: bufio.NewScanner(errR), done: make(chan error, 1), cancel: cancel}
+		go func() { c.done <- n.Attach(ctx, "c1", ctr.Streams{Stdin: inR, Stdout: outW, Stderr: errW}) }()
+		return c
+	}
+	say := func(c client, word string, to ...client) {
+		t.Helper()
+		if _, err := c.in.WriteString(word + "\n"); err != nil {
+			t.Fatal(err)
+		}
+		for _, r := range to {
+			if !r.out.Scan() || r.out.Text() != "out "+word || !r.err.Scan() || r.err.Text() != "err "+word {
+				t.Fatalf("%q: out %q, err %q", word, r.out.Text(), r.err.Text())
+			}
+		}
+	}
+	a := attach()
+	say(a, "one", a)
+	b := attach()
+	say(b, "two", b, a) // b's answer shows that it is attached
+	say(a, "three", a, b)
+	// a goes; without stdin_once the container's stdin stays open for b.
+	a.cancel()
+	if err := <-a.done; !errors.Is(err, context.Canceled) {
+		t.Errorf("cancelled attach: %v", err)
+	}
+	if a.out.Scan() {
+		t.Errorf("output after the end of the attach: %q", a.out.Text())
+	}
+	say(b, "four", b)
+	say(b, "end", b)
+	if err := <-b.done; err != nil {
+		t.Errorf("attach at the exit: %v", err)
+	}
+	if b.out.Scan() || b.err.Scan() {
+		t.Error("more output than there was")
+	}
+	if s := n.exit("c1"); s.ExitCode != 3 {
+		t.Errorf("exit %+v", s)
+	}
+	if got := len(n.lines("c1")); got != 10 {
+		t.Errorf("%d lines in the log, want 10", got)
+	}
+	if err := n.Attach(ctx, "c1", ctr.Streams{}); !errors.Is(err, ctr.ErrNotRunning) {
+		t.Errorf("attach after the exit: %v", err)
+	}
+}
+
+func TestStdinOnceClosesStdinWithTheFirstAttach(t *testing.T) {
+	n := newNode(t)
+	n.create("once", sh("cat; echo eof"), func(r *ctr.CreateRequest) { r.Stdin, r.StdinOnce = true, true })
+	n.start("once")
+	inR, inW := pipe(t)
+	outR, outW := pipe(t)
+	done := make(chan error, 1)
+	go func() {
+		done <- n.Attach(context.Background(), "once", ctr.Streams{Stdin: inR, Stdout: outW})
+	}()
+	if _, err := inW.WriteString("in\n"); err != nil {
+		t.Fatal(err)
+	}
+	inW.Close()
+	if got := readAll(t, outR); got != "in\neof\n" {
+		t.Errorf("output %q", got)
+	}
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	n.exit("once")
+}
+
+func TestAnAttachedReaderThatStopsDoesNotStopTheLog(t *testing.T) {
+	n := newNode(t)
+	const lines = 200000 // more than the sink and both pipes hold
+	n.create("c1", sh(fmt.Sprintf("read go; seq 1 %d; sleep 1000", lines)), func(r *ctr.CreateRequest) { r.Stdin = true })
+	n.start("c1")
+	inR, inW := pipe(t)
+	outR, outW := pipe(t)
+	stuckR, stuckW := pipe(t)
+	stuck, reading := make(chan error, 1), make(chan error, 1)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	go func() { stuck <- n.Attach(ctx, "c1", ctr.Streams{Stdout: stuckW}) }()
+	go func() { reading <- n.Attach(ctx, "c1", ctr.Streams{Stdin: inR, Stdout: outW}) }()
+	time.Sleep(100 * time.Millisecond) // both are attached
+	if _, err := inW.WriteString("go\n"); err != nil {
+		t.Fatal(err)
+	}
+	begun := time.Now()
+	got := bufio.NewScanner(io.LimitReader(outR, 1<<30))
+	for i := 1; i <= lines; i++ {
+		if !got.Scan() || got.Text() != fmt.Sprint(i) {
+			t.Fatalf("line %d for the reader that reads is %q", i, got.Text())
+		}
+	}
+	eventually(t, "the log is whole", func() bool { return len(n.lines("c1")) == lines })
+	t.Logf("%d lines took %s", lines, time.Since(begun))
+	if err := <-stuck; err == nil || !strings.Contains(err.Error(), "too slow") {
+		t.Errorf("the reader that stopped: %v", err)
+	}
+	_ = stuckR.Close()
+	n.delete("c1")
+	if err := <-reading; err != nil {
+		t.Error(err)
+	}
+}
+
+func TestAContainerHasATerminal(t *testing.T) {
+	n := newNode(t)
+	ctx := context.Background()
+	s := sh("stty size; read line; stty size; echo got $line; exit 8")
+	s.Process.Terminal, s.Process.ConsoleSize = true, &specs.Box{Width: 80, Height: 24}
+	n.create("c1", s, func(r *ctr.CreateRequest) { r.TTY, r.Stdin = true, true })
+	n.start("c1")
+	eventually(t, "the first size is logged", func() bool { return len(n.lines("c1")) == 1 })
+	inR, inW := pipe(t)
+	outR, outW := pipe(t)
+	done := make(chan error, 1)
+	go func() { done <- n.Attach(ctx, "c1", ctr.Streams{Stdin: inR, Stdout: outW}) }()
+	if err := n.Resize(ctx, "c1", 132, 50); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := inW.WriteString("typed\n"); err != nil {
+		t.Fatal(err)
+	}
+	if got := readAll(t, outR); got != "typed\r\n50 132\r\ngot typed\r\n" {
+		t.Errorf("attached output %q", got)
+	}
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if s := n.exit("c1"); s.ExitCode != 8 {
+		t.Errorf("exit %+v", s)
+	}
+	want := "stdout F 24 80\r|stdout F typed\r|stdout F 50 132\r|stdout F got typed\r"
+	if got := strings.Join(n.lines("c1"), "|"); got != want {
+		t.Errorf("log %q", got)
+	}
+	if err := n.Resize(ctx, "c1", 1, 1); !errors.Is(err, ctr.ErrNotRunning) {
+		t.Errorf("resize after the exit: %v", err)
+	}
+	n.idle("pipes")
+	if err := n.Resize(ctx, "pipes", 1, 1); err == nil || errors.Is(err, ctr.ErrNotRunning) {
+		t.Errorf("resize without a terminal: %v", err)
+	}
+}

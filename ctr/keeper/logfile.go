@@ -1,0 +1,194 @@
+package keeper
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// maxLine is the longest text of one log line; longer ones are split, and all but the last piece tagged P. The
+// kubelet reads lines of this length at most.
+const maxLine = 16 << 10
+
+// flushSize bounds the formatted text in memory: a chunk of empty lines grows forty times.
+const flushSize = 64 << 10
+
+// logFile is a container's log: lines of whole chunks go in by one write(2) each. It is safe for use by several
+// goroutines.
+type logFile struct {
+	path string
+	log  *slog.Logger
+
+	mu      sync.Mutex
+	file    *os.File
+	dropped int64 // bytes lost since the last write that worked
+	torn    bool  // the file ends inside a line
+}
+
+// openLogFile opens the log at path; "" gives nil, which drops everything.
+func openLogFile(path string, log *slog.Logger) (*logFile, error) {
+	if path == "" {
+		return nil, nil
+	}
+	f, err := openLog(path)
+	if err != nil {
+		return nil, err
+	}
+	return &logFile{path: path, log: log, file: f}, nil
+}
+
+// openLog makes no directories: they are the caller's. A symbolic link in the last place is refused, since a
+// container that has the log directory as a volume could aim it at another file of the user.
+func openLog(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW, 0o640)
+	if err != nil {
+		return nil, fmt.Errorf("open container log: %w", err)
+	}
+	return f, nil
+}
+
+// write appends formatted lines. A log that cannot be written must not stop the container: the lines are dropped,
+// the keeper's own log says so once, and says how many bytes when the log can be written again.
+func (l *logFile) write(lines []byte) {
+	if l == nil || len(lines) == 0 {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.file == nil {
+		return
+	}
+	if l.torn {
+		lines = append([]byte{'\n'}, lines...)
+	}
+	n, err := l.file.Write(lines)
+	if err != nil {
+		if l.dropped == 0 {
+			l.log.Error("container log cannot be written: its lines are dropped", "path", l.path, "error", err)
+		}
+		l.dropped += int64(len(lines) - n)
+		l.torn = n > 0 && lines[n-1] != '\n' || n == 0 && l.torn
+		return
+	}
+	l.torn = false
+	if l.dropped > 0 {
+		l.log.Warn("container log can be written again", "path", l.path, "dropped_bytes", l.dropped)
+		l.dropped = 0
+	}
+}
+
+// reopen goes on in a new file at the same path, for a caller who has renamed the old one. Lines are written
+// whole and under the lock, so none is lost, split or doubled.
+func (l *logFile) reopen() error {
+	if l == nil {
+		return nil
+	}
+	f, err := openLog(l.path)
+	if err != nil {
+		return err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.file == nil {
+		return errors.Join(errors.New("reopen container log: it is closed"), f.Close())
+	}
+	old := l.file
+	l.file, l.torn = f, false
+	return old.Close()
+}
+
+func (l *logFile) close() {
+	if l == nil {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.file == nil {
+		return
+	}
+	if err := l.file.Close(); err != nil {
+		l.log.Error("close container log", "path", l.path, "error", err)
+	}
+	l.file = nil
+}
+
+// formatter cuts one stream of bytes into lines of the CRI log format:
+//
+//	2016-10-06T00:17:09.669794202Z stdout P log content 1
+//	2016-10-06T00:17:09.669794203Z stderr F log content
+//
+// F is a line that ended, P a piece of one that goes on or that ended without a newline.
+type formatter struct {
+	stream  string
+	flush   func(lines []byte)
+	pending []byte // a line that has not ended, at most maxLine
+	out     []byte
+	stamp   []byte
+}
+
+// feed formats chunk, which was read at now, and flushes the lines that it completes.
+func (f *formatter) feed(now time.Time, chunk []byte) {
+	f.stamp = now.UTC().AppendFormat(f.stamp[:0], time.RFC3339Nano)
+	for len(chunk) > 0 {
+		end := bytes.IndexByte(chunk, '\n')
+		text := chunk
+		if end >= 0 {
+			text = chunk[:end]
+		}
+		for len(f.pending)+len(text) > maxLine {
+			n := maxLine - len(f.pending)
+			f.emit('P', text[:n])
+			text = text[n:]
+		}
+		if end < 0 {
+			f.pending = append(f.pending, text...)
+			break
+		}
+		f.emit('F', text)
+		chunk = chunk[end+1:]
+	}
+	f.flushOut()
+}
+
+// finish formats what the stream left without a newline.
+func (f *formatter) finish(now time.Time) {
+	if len(f.pending) > 0 {
+		f.stamp = now.UTC().AppendFormat(f.stamp[:0], time.RFC3339Nano)
+		f.emit('P', nil)
+	}
+	f.flushOut()
+}
+
+func (f *formatter) emit(tag byte, text []byte) {
+	f.out = append(f.out, f.stamp...)
+	f.out = append(f.out, ' ')
+	f.out = append(f.out, f.stream...)
+	f.out = append(f.out, ' ', tag, ' ')
+	f.out = append(f.out, f.pending...)
+	f.out = append(f.out, text...)
+	f.out = append(f.out, '\n')
+	f.pending = f.pending[:0]
+	if len(f.out) >= flushSize {
+		f.flushOut()
+	}
+}
+
+// flushOut hands the lines over and keeps only small buffers: there are two formatters a container.
+func (f *formatter) flushOut() {
+	if len(f.out) > 0 {
+		f.flush(f.out)
+		f.out = f.out[:0]
+	}
+	if cap(f.out) > 4<<10 {
+		f.out = nil
+	}
+	if len(f.pending) == 0 && cap(f.pending) > 1<<10 {
+		f.pending = nil
+	}
+}

@@ -1,0 +1,125 @@
+package keeper
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/coracle-cri/coracle/ctr/wire"
+)
+
+const (
+	recordVersion = 1
+	recordSuffix  = ".json"
+
+	// lostExitCode stands for an exit that nobody saw. The CRI has no code of its own for it; 255 is what the
+	// kubelet knows from other runtimes.
+	lostExitCode = 255
+)
+
+// record is a container's file.
+type record struct {
+	Version int        `json:"version"`
+	State   wire.State `json:"state"`
+}
+
+func (k *Keeper) recordPath(id string) string { return filepath.Join(k.recordDir(), id+recordSuffix) }
+
+func (k *Keeper) writeRecord(s wire.State) error {
+	raw, err := json.Marshal(record{Version: recordVersion, State: s})
+	if err != nil {
+		return fmt.Errorf("encode record: %w", err)
+	}
+	if err := writeFile(k.recordPath(s.ID), raw); err != nil {
+		return fmt.Errorf("write record: %w", err)
+	}
+	return nil
+}
+
+func (k *Keeper) removeRecord(id string) error {
+	if err := os.Remove(k.recordPath(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("remove record: %w", err)
+	}
+	return nil
+}
+
+// writeFile replaces path by raw so that a crash leaves either the old content or the new.
+func writeFile(path string, raw []byte) (err error) {
+	temp := path + ".tmp"
+	f, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.Remove(temp))
+		}
+	}()
+	if _, err = f.Write(raw); err == nil {
+		err = f.Sync()
+	}
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err != nil {
+		return err
+	}
+	return os.Rename(temp, path)
+}
+
+// loadRecords takes over the records of an earlier keeper. None of those containers runs: their pid namespace
+// ended with that keeper.
+func (k *Keeper) loadRecords() error {
+	entries, err := os.ReadDir(k.recordDir())
+	if err != nil {
+		return fmt.Errorf("read record directory: %w", err)
+	}
+	for _, e := range entries {
+		path := filepath.Join(k.recordDir(), e.Name())
+		if strings.HasSuffix(e.Name(), ".tmp") {
+			if err := os.Remove(path); err != nil {
+				return fmt.Errorf("remove half a record: %w", err)
+			}
+			continue
+		}
+		if !strings.HasSuffix(e.Name(), recordSuffix) {
+			continue
+		}
+		if err := k.loadRecord(path); err != nil {
+			return fmt.Errorf("load record %s: %w", e.Name(), err)
+		}
+	}
+	return nil
+}
+
+func (k *Keeper) loadRecord(path string) error {
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	var r record
+	if err := json.Unmarshal(raw, &r); err != nil {
+		return err
+	}
+	if r.Version != recordVersion {
+		return fmt.Errorf("version %d is not %d; remove the file", r.Version, recordVersion)
+	}
+	s := r.State
+	if !s.Exited() {
+		s.FinishedAt, s.ExitCode = time.Now(), lostExitCode
+		s.Error = "the keeper ended before the container did: its exit code is lost"
+		if err := k.writeRecord(s); err != nil {
+			return err
+		}
+	}
+	c := newContainer(k, s.ID)
+	c.state = s
+	close(c.ready)
+	close(c.exited)
+	k.containers[s.ID] = c
+	return nil
+}

@@ -1,0 +1,141 @@
+package ctr
+
+import (
+	"bytes"
+	"debug/elf"
+	"encoding/binary"
+	"errors"
+	"os"
+	"path/filepath"
+	"runtime"
+	"testing"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+func TestPauseIsASmallStaticExecutableOfEachArchitecture(t *testing.T) {
+	for arch, machine := range map[string]elf.Machine{"amd64": elf.EM_X86_64, "arm64": elf.EM_AARCH64} {
+		raw, err := pauseELF(arch)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f, err := elf.NewFile(bytes.NewReader(raw))
+		if err != nil {
+			t.Fatalf("%s: %v", arch, err)
+		}
+		if f.Machine != machine || f.Type != elf.ET_EXEC || len(raw) > 300 || len(f.Progs) != 2 {
+			t.Errorf("%s: %s, %s, %d bytes, %d segments", arch, f.Machine, f.Type, len(raw), len(f.Progs))
+		}
+		load, stack := f.Progs[0], f.Progs[1]
+		if load.Flags&elf.PF_W != 0 || stack.Type != elf.PT_GNU_STACK || stack.Flags&elf.PF_X != 0 {
+			t.Errorf("%s: segments %v", arch, f.Progs)
+		}
+		code := raw[f.Entry-load.Vaddr:]
+		if len(code) != pauseSize {
+			t.Errorf("%s: %d bytes of code and data, want %d", arch, len(code), pauseSize)
+		}
+		if mask := binary.LittleEndian.Uint64(code[pauseMask:]); mask != 0x4002 {
+			t.Errorf("%s: mask %#x, want SIGINT and SIGTERM", arch, mask)
+		}
+		if handler := binary.LittleEndian.Uint64(code[pauseAct:]); handler != 1 {
+			t.Errorf("%s: handler %d, want SIG_IGN", arch, handler)
+		}
+	}
+	if _, err := pauseELF("mips"); !errors.Is(err, ErrUnsupported) {
+		t.Errorf("mips: %v, want ErrUnsupported", err)
+	}
+}
+
+func TestEnsurePauseWritesAReadOnlyRootWithNothingElse(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "pause")
+	want, err := pauseELF(runtime.GOARCH)
+	if err != nil {
+		t.Fatal(err)
+	}
+	check := func() {
+		t.Helper()
+		if err := EnsurePause(dir); err != nil {
+			t.Fatal(err)
+		}
+		raw, err := os.ReadFile(filepath.Join(dir, "pause"))
+		if err != nil || !bytes.Equal(raw, want) {
+			t.Fatalf("pause: %d bytes, %v", len(raw), err)
+		}
+		entries, err := os.ReadDir(dir)
+		if err != nil || len(entries) != 3 {
+			t.Errorf("entries %v, %v; want dev, pause and proc", entries, err)
+		}
+		for _, p := range []string{"", "pause", "dev", "proc"} {
+			if info, err := os.Stat(filepath.Join(dir, p)); err != nil || info.Mode().Perm() != 0o555 {
+				t.Errorf("%q: %v, %v; want 0555", p, info.Mode(), err)
+			}
+		}
+		if left, err := os.ReadDir(filepath.Dir(dir)); err != nil || len(left) != 1 {
+			t.Errorf("left beside it: %v, %v", left, err)
+		}
+	}
+	check()
+	before, err := os.Stat(filepath.Join(dir, "pause"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	check()
+	if after, err := os.Stat(filepath.Join(dir, "pause")); err != nil || !os.SameFile(before, after) {
+		t.Error("the same program was written again")
+	}
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(filepath.Join(dir, "pause")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "pause"), []byte("half"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	check()
+}
+
+func TestPauseSpec(t *testing.T) {
+	host := request().Host
+	base := PauseRequest{Rootfs: "/run/pause/", Namespaces: Namespaces{Net: "/n", IPC: "/i", UTS: "/u"}, CgroupsPath: "/pods/p/pause", Host: host}
+	spec, err := PauseSpec(base)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := spec.Process
+	if p.User.UID != 65534 || p.User.GID != 65534 || !p.NoNewPrivileges || len(p.Capabilities.Bounding) != 0 {
+		t.Errorf("process %+v", p)
+	}
+	if spec.Root.Path != "/run/pause" || !spec.Root.Readonly || len(spec.Linux.MaskedPaths) == 0 || spec.Linux.CgroupsPath != "" {
+		t.Errorf("root %+v, linux %+v", spec.Root, spec.Linux)
+	}
+	if proc := mountAt(spec, "/proc"); proc == nil || proc.Options[3] != "ro" {
+		t.Errorf("/proc %+v, want read-only", proc)
+	}
+	sandbox := func(sc *runtimeapi.LinuxSandboxSecurityContext) PauseRequest {
+		r := base
+		r.Pod = &runtimeapi.PodSandboxConfig{Linux: &runtimeapi.LinuxPodSandboxConfig{SecurityContext: sc}}
+		return r
+	}
+	if spec, err = PauseSpec(sandbox(&runtimeapi.LinuxSandboxSecurityContext{RunAsUser: id(7), RunAsGroup: id(8)})); err != nil ||
+		spec.Process.User.UID != 7 || spec.Process.User.GID != 8 {
+		t.Errorf("run_as_user 7, group 8: %+v, %v", spec, err)
+	}
+	if _, err = PauseSpec(sandbox(&runtimeapi.LinuxSandboxSecurityContext{RunAsGroup: id(8)})); !errors.Is(err, ErrInvalid) {
+		t.Errorf("group without user: %v, want ErrInvalid", err)
+	}
+	if _, err = PauseSpec(sandbox(&runtimeapi.LinuxSandboxSecurityContext{RunAsUser: id(1 << 20)})); !errors.Is(err, ErrUnsupported) {
+		t.Errorf("unmapped user: %v, want ErrUnsupported", err)
+	}
+	joining := base
+	joining.Namespaces.PID = "/p"
+	if _, err = PauseSpec(joining); !errors.Is(err, ErrInvalid) {
+		t.Errorf("with a pid namespace: %v, want ErrInvalid", err)
+	}
+	single := base
+	single.Host.IDs = IDMap{UIDs: []IDRange{{0, 1}}, GIDs: []IDRange{{0, 1}}}
+	single.Host.CgroupUsable = true
+	if spec, err = PauseSpec(single); err != nil || spec.Process.User.UID != 0 || spec.Linux.CgroupsPath != "/pods/p/pause" {
+		t.Errorf("single id: %+v, %v", spec, err)
+	}
+}

@@ -1,0 +1,47 @@
+package wire
+
+import (
+	"errors"
+	"strings"
+)
+
+// Sentinels that survive the wire: errors.Is works on both sides.
+var (
+	ErrNotFound   = errors.New("no such container")
+	ErrNotRunning = errors.New("container is not running")
+	ErrExists     = errors.New("container exists already")
+	ErrBadRequest = errors.New("bad request")
+)
+
+var kinds = map[string]error{
+	"not-found":   ErrNotFound,
+	"not-running": ErrNotRunning,
+	"exists":      ErrExists,
+	"bad-request": ErrBadRequest,
+}
+
+// Error is an error on its way to the caller.
+type Error struct {
+	Kind    string `json:"kind,omitempty"`
+	Message string `json:"message"`
+}
+
+// ToError packs err for the wire; nil stays nil.
+func ToError(err error) *Error {
+	if err == nil {
+		return nil
+	}
+	e := &Error{Message: strings.TrimSpace(err.Error())}
+	for kind, sentinel := range kinds {
+		if errors.Is(err, sentinel) {
+			e.Kind = kind
+		}
+	}
+	return e
+}
+
+// Error returns the sentence that the keeper wrote.
+func (e *Error) Error() string { return e.Message }
+
+// Unwrap gives the sentinel that the keeper's error wrapped, if any.
+func (e *Error) Unwrap() error { return kinds[e.Kind] }

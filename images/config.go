@@ -1,0 +1,116 @@
+package images
+
+import (
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Config says where the store is and how registries are reached.
+type Config struct {
+	// Root is the store's directory. It is made where it is missing; everything in it belongs to the store.
+	Root string
+	// Registries is keyed by registry host as written in image names ("docker.io", "localhost:5000"), or by the
+	// host of a mirror.
+	Registries map[string]RegistryConfig
+	// DockerConfig is the path of a docker config.json with credentials. "" looks where docker and podman do:
+	// $DOCKER_CONFIG, ~/.docker, $REGISTRY_AUTH_FILE, $XDG_RUNTIME_DIR/containers, ~/.config/containers.
+	// The files are read for each pull, so that a login counts at once.
+	DockerConfig string
+	// MaxLayerBytes bounds what one layer may unpack to, against decompression bombs. 0 is DefaultMaxLayerBytes.
+	MaxLayerBytes int64
+	// RefuseUnmappedIDs makes an image with owners outside this user's id range an error. Otherwise such files
+	// belong to the overflow id 65534 in the containers, and the image's verbose info says so.
+	RefuseUnmappedIDs bool
+	// Log receives what an operator should know. Credentials are never in it. nil is slog.Default().
+	Log *slog.Logger
+}
+
+// DefaultMaxLayerBytes is larger than the layers of today's model images, and smaller than most disks.
+const DefaultMaxLayerBytes = 64 << 30
+
+// RegistryConfig is how one registry host is reached.
+type RegistryConfig struct {
+	// Mirrors are asked in this order before the registry itself: "host[:port][/prefix]", or the same after
+	// http:// or https://. Options and credentials of a mirror stand under its own host.
+	Mirrors []string `toml:"mirrors" yaml:"mirrors" json:"mirrors,omitempty"`
+	// Insecure allows plain http, and https without a certificate that can be verified.
+	Insecure bool `toml:"insecure" yaml:"insecure" json:"insecure,omitempty"`
+	// CAFile is a PEM file of certificates trusted beside the system's.
+	CAFile string `toml:"ca_file" yaml:"ca_file" json:"ca_file,omitempty"`
+	// Username and Password are used where the CRI request brings no credentials for this host.
+	Username string `toml:"username" yaml:"username" json:"username,omitempty"`
+	Password string `toml:"password" yaml:"password" json:"-"`
+}
+
+// LogValue keeps the password out of logs.
+func (c RegistryConfig) LogValue() slog.Value {
+	return slog.GroupValue(slog.Any("mirrors", c.Mirrors), slog.Bool("insecure", c.Insecure),
+		slog.String("ca_file", c.CAFile), slog.Bool("credentials", c.Username != ""))
+}
+
+// String keeps the password out of formatted text.
+func (c RegistryConfig) String() string { return c.LogValue().String() }
+
+// registryConfig returns the section for host, under any of the names of Docker Hub.
+func (c *Config) registryConfig(host string) RegistryConfig {
+	if rc, ok := c.Registries[host]; ok {
+		return rc
+	}
+	for key, rc := range c.Registries {
+		if displayHost(key) == displayHost(host) {
+			return rc
+		}
+	}
+	return RegistryConfig{}
+}
+
+func (c *Config) check() error {
+	if c.Root == "" {
+		return fmt.Errorf("%w: images: no root directory", ErrInvalid)
+	}
+	if c.MaxLayerBytes < 0 {
+		return fmt.Errorf("%w: images: max layer bytes %d is negative", ErrInvalid, c.MaxLayerBytes)
+	}
+	for _, host := range slices.Sorted(maps.Keys(c.Registries)) {
+		if strings.ContainsAny(host, "/ ") {
+			return fmt.Errorf("%w: registries: key %q: want a host with an optional port", ErrInvalid, host)
+		}
+		for _, m := range c.Registries[host].Mirrors {
+			if _, err := parseMirror(m); err != nil {
+				return fmt.Errorf("registries: %s: %w", host, err)
+			}
+		}
+	}
+	return nil
+}
+
+// Image is what the store knows of one image. It is a copy.
+type Image struct {
+	ID          string   // "sha256:…", the digest of the image's configuration
+	RepoTags    []string // canonical names by tag, sorted
+	RepoDigests []string // canonical names by manifest or index digest, sorted
+	Size        uint64   // bytes that its layers take on disk, shared ones included
+	Config      ImageConfig
+}
+
+// ImageConfig is the part of an image's configuration that containers start from.
+type ImageConfig struct {
+	Entrypoint, Cmd, Env         []string
+	WorkingDir, User, StopSignal string
+	Volumes                      map[string]struct{}
+	Labels                       map[string]string
+}
+
+// The waits of a pull. They are variables of the store so that tests need not wait as long.
+type waits struct {
+	stall      time.Duration // no byte for so long: the connection is given up and resumed
+	backoff    time.Duration // before the first retry; doubles
+	maxBackoff time.Duration
+	retryAfter time.Duration // the longest Retry-After that is waited for
+}
+
+var defaultWaits = waits{stall: time.Minute, backoff: 500 * time.Millisecond, maxBackoff: 15 * time.Second, retryAfter: time.Minute}

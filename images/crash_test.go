@@ -1,0 +1,5 @@
+package images
+
+const crashEnv = "CORACLE_IMAGES_CRASH"
+
+func crashChild() {}

@@ -1,0 +1,94 @@
+package images
+
+import (
+	"context"
+	"errors"
+	"io"
+	"strings"
+	"syscall"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	crierrors "k8s.io/cri-api/pkg/errors"
+)
+
+// The classes of failure that callers tell apart with errors.Is. The text of an error says the rest.
+var (
+	// ErrNotFound: no such image here, or no such image in the registry.
+	ErrNotFound = errors.New("not found")
+	// ErrInvalid: the request itself is wrong.
+	ErrInvalid = errors.New("invalid")
+	// ErrExists: a root filesystem of that container id is there already.
+	ErrExists = errors.New("already exists")
+	// ErrDenied: the registry refused the credentials, or wants some.
+	ErrDenied = errors.New("access denied")
+	// ErrUnavailable: the registry cannot be reached, or has asked to be left alone for a while.
+	ErrUnavailable = errors.New("registry unavailable")
+	// ErrDigest: what was received is not what its digest promised.
+	ErrDigest = errors.New("digest mismatch")
+	// ErrRefused: the image is whole, but is not something that this store unpacks.
+	ErrRefused = errors.New("image refused")
+	// ErrLocked: another process has the store open.
+	ErrLocked = errors.New("store is in use")
+	// ErrClosed: the store was closed while the call ran.
+	ErrClosed = errors.New("store is closed")
+)
+
+var grpcCodes = []struct {
+	err  error
+	code codes.Code
+}{
+	{context.Canceled, codes.Canceled},
+	{context.DeadlineExceeded, codes.DeadlineExceeded},
+	{ErrInvalid, codes.InvalidArgument},
+	{ErrExists, codes.AlreadyExists},
+	{ErrDenied, codes.PermissionDenied},
+	{ErrNotFound, codes.NotFound},
+	{ErrDigest, codes.DataLoss},
+	{ErrRefused, codes.FailedPrecondition},
+	{syscall.ENOSPC, codes.ResourceExhausted},
+	{syscall.EDQUOT, codes.ResourceExhausted},
+	{ErrLocked, codes.Unavailable},
+	{ErrClosed, codes.Unavailable},
+}
+
+// grpcError gives err the status code that CRI clients act on. The kubelet tells a registry that is away from
+// other failures by the prefix of the message (k8s.io/cri-api/pkg/errors).
+func grpcError(err error) error {
+	if err == nil || errors.Is(err, io.EOF) {
+		return err
+	}
+	if _, ok := status.FromError(err); ok {
+		return err
+	}
+	if errors.Is(err, ErrUnavailable) {
+		msg := err.Error()
+		if !strings.HasPrefix(msg, crierrors.ErrRegistryUnavailable.Error()) {
+			msg = crierrors.ErrRegistryUnavailable.Error() + ": " + msg
+		}
+		return status.Error(codes.Unavailable, msg)
+	}
+	for _, c := range grpcCodes {
+		if errors.Is(err, c.err) {
+			return status.Error(c.code, err.Error())
+		}
+	}
+	return status.Error(codes.Unknown, err.Error())
+}
+
+// isAbsent tells that err means no more than that there is no such thing.
+func isAbsent(err error) bool { return errors.Is(err, ErrNotFound) }
+
+// undo is a last-in-first-out stack of what gives back the things acquired so far.
+type undo []func() error
+
+func (u *undo) push(f func() error) { *u = append(*u, f) }
+
+// run gives everything back and joins what failed to err; call it once, on the way out with an error.
+func (u undo) run(err error) error {
+	errs := []error{err}
+	for i := len(u) - 1; i >= 0; i-- {
+		errs = append(errs, u[i]())
+	}
+	return errors.Join(errs...)
+}

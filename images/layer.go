@@ -1,0 +1,103 @@
+package images
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+)
+
+// openBlob opens a layer's blob from one of the places that have it.
+type openBlob func(ctx context.Context) (io.ReadCloser, error)
+
+// ensureLayer makes sure that the layer is in the store, trying each place in turn. The caller has pinned the
+// layer. However many pulls want it, it is fetched and unpacked once; where the pull that did the work failed
+// (its credentials may have been worse), those that waited try by themselves.
+func (s *Store) ensureLayer(ctx context.Context, want layerWant, places []openBlob) error {
+	for {
+		if s.index.layer(want.DiffID) != nil {
+			return nil
+		}
+		_, joined, err := s.unpacks.do(ctx, want.DiffID, func(ctx context.Context) (struct{}, error) {
+			return struct{}{}, s.addLayer(ctx, want, places)
+		})
+		if err == nil || !joined || ctx.Err() != nil {
+			return err
+		}
+	}
+}
+
+// addLayer fetches and unpacks one layer, and puts it in its place.
+func (s *Store) addLayer(ctx context.Context, want layerWant, places []openBlob) error {
+	select {
+	case s.slots <- struct{}{}:
+		defer func() { <-s.slots }()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	if s.index.layer(want.DiffID) != nil {
+		return nil
+	}
+	var errs []error
+	for _, open := range places {
+		err := s.addLayerFrom(ctx, want, open)
+		if err == nil {
+			s.wake()
+			return nil
+		}
+		errs = append(errs, err)
+		var errno unix.Errno
+		if ctx.Err() != nil || errors.Is(err, ErrRefused) || errors.As(err, &errno) && !errors.Is(err, ErrUnavailable) {
+			break // another place would not serve better
+		}
+	}
+	return fmt.Errorf("layer %s: %w", want.Digest, errors.Join(errs...))
+}
+
+func (s *Store) addLayerFrom(ctx context.Context, want layerWant, open openBlob) (err error) {
+	blob, err := open(ctx)
+	if err != nil {
+		return err
+	}
+	defer blob.Close()
+	dir, err := s.tempDir("layer")
+	if err != nil {
+		return err
+	}
+	u := undo{func() error { return os.RemoveAll(dir) }}
+	rec, err := s.unpackLayer(ctx, dir, want, blob)
+	if err != nil {
+		return u.run(err)
+	}
+	// Not synced: the record goes the way of the layer that it describes (see sync.go).
+	if err := writeUnsynced(filepath.Join(dir, "layer.json"), rec); err != nil {
+		return u.run(err)
+	}
+	if err := os.Chmod(dir, 0o711); err != nil {
+		return u.run(fmt.Errorf("add layer: %w", err))
+	}
+	placed := false
+	err = s.index.addLayer(rec, func() error {
+		placed = true
+		return os.Rename(dir, s.layerDir(want.DiffID))
+	})
+	if err != nil {
+		return u.run(fmt.Errorf("add layer: %w", err))
+	}
+	if !placed {
+		return os.RemoveAll(dir)
+	}
+	return nil
+}
+
+// wake tells the background goroutine that there may be work.
+func (s *Store) wake() {
+	select {
+	case s.kick <- struct{}{}:
+	default:
+	}
+}

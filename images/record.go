@@ -1,0 +1,187 @@
+package images
+
+import (
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/v1"
+)
+
+const recordVersion = 1
+
+// errNewer marks a record that a later version wrote: it is left where it is, and so is what it may refer to.
+var errNewer = errors.New("record was written by a later version")
+
+// layerRecord is layers/…/layer.json.
+type layerRecord struct {
+	Version int      `json:"version"`
+	DiffID  string   `json:"diffID"`
+	Bytes   uint64   `json:"bytes"`  // on disk, in whole blocks
+	Inodes  uint64   `json:"inodes"` // files, directories and links
+	Root    *dirMeta `json:"root,omitempty"`
+	// OpaqueRoot: the layer hides everything beneath it. The overlay ignores an opaque mark on a layer's root, so
+	// the layers beneath are left out of the mount instead.
+	OpaqueRoot bool      `json:"opaqueRoot,omitempty"`
+	Implied    []string  `json:"implied,omitempty"` // directories that no entry of the layer describes
+	Notes      []note    `json:"notes,omitempty"`
+	BootID     string    `json:"bootID"` // the boot in which it was written
+	Synced     bool      `json:"synced"` // on stable storage; see sync.go
+	Made       time.Time `json:"made"`
+}
+
+// dirMeta is what can be said of a directory beside its content.
+type dirMeta struct {
+	Mode  uint32 `json:"mode"` // permission bits with setuid, setgid and sticky
+	UID   int    `json:"uid"`
+	GID   int    `json:"gid"`
+	MTime int64  `json:"mtime"` // Unix nanoseconds
+}
+
+// note is something that a layer asked for and did not get.
+type note struct {
+	What   string `json:"what"`
+	Count  int    `json:"count"`
+	Sample string `json:"sample"` // the first path that it happened to
+}
+
+// imageRecord is images/HEX.json. A record is never changed once it is in the index: it is replaced.
+type imageRecord struct {
+	Version     int               `json:"version"`
+	ID          string            `json:"id"`
+	Tags        map[string]int64  `json:"tags"` // canonical name → when it came to point here, Unix nanoseconds
+	Digests     []string          `json:"digests"`
+	Layers      []string          `json:"layers"` // diffIDs, lowest first
+	Size        uint64            `json:"size"`
+	Config      []byte            `json:"config"` // verbatim: its digest is the id
+	Manifest    string            `json:"manifest"`
+	Annotations map[string]string `json:"annotations,omitempty"`
+	Root        dirMeta           `json:"root"`
+	Fix         bool              `json:"fix"` // there is a fix/HEX
+	Pulled      time.Time         `json:"pulled"`
+
+	file *v1.ConfigFile // Config, parsed
+}
+
+// rootfsRecord is rootfs/ID/rootfs.json and volumes/ID/rootfs.json.
+type rootfsRecord struct {
+	Version int      `json:"version"`
+	Image   string   `json:"image"`
+	Layers  []string `json:"layers"`
+	Fix     bool     `json:"fix"`
+	Driver  string   `json:"driver"`
+}
+
+func (r *layerRecord) version() int  { return r.Version }
+func (r *imageRecord) version() int  { return r.Version }
+func (r *rootfsRecord) version() int { return r.Version }
+
+type versioned interface{ version() int }
+
+// readRecord reads a JSON record of this version.
+func readRecord(path string, into versioned) error {
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		return fmt.Errorf("read record: %w", err)
+	}
+	if err := json.Unmarshal(raw, into); err != nil {
+		return fmt.Errorf("read record %s: %w", path, err)
+	}
+	if v := into.version(); v > recordVersion {
+		return fmt.Errorf("read record %s: version %d: %w", path, v, errNewer)
+	} else if v != recordVersion {
+		return fmt.Errorf("read record %s: version %d: want %d", path, v, recordVersion)
+	}
+	return nil
+}
+
+// writeRecord replaces path by the record: a temporary file beside it, fsync, rename, fsync of the directory.
+func writeRecord(path string, record any) error {
+	raw, err := json.Marshal(record)
+	if err != nil {
+		return fmt.Errorf("encode record %s: %w", path, err)
+	}
+	dir := filepath.Dir(path)
+	f, err := os.CreateTemp(dir, ".tmp-*")
+	if err != nil {
+		return fmt.Errorf("write record: %w", err)
+	}
+	u := undo{func() error { return os.Remove(f.Name()) }}
+	_, err = f.Write(raw)
+	if err == nil {
+		err = f.Sync()
+	}
+	if err := errors.Join(err, f.Close()); err != nil {
+		return u.run(fmt.Errorf("write record %s: %w", path, err))
+	}
+	if err := os.Rename(f.Name(), path); err != nil {
+		return u.run(fmt.Errorf("write record: %w", err))
+	}
+	return syncDir(dir)
+}
+
+// syncDir makes renames and removals in dir durable.
+func syncDir(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return fmt.Errorf("sync directory: %w", err)
+	}
+	defer f.Close()
+	if err := f.Sync(); err != nil {
+		return fmt.Errorf("sync directory %s: %w", dir, err)
+	}
+	return nil
+}
+
+// dirName is a digest as a file name.
+func dirName(digest string) string { return strings.ReplaceAll(digest, ":", "-") }
+
+func idHex(id string) string { return strings.TrimPrefix(id, "sha256:") }
+
+func (s *Store) path(elem ...string) string {
+	return filepath.Join(append([]string{s.cfg.Root}, elem...)...)
+}
+
+func (s *Store) layerDir(diffID string) string { return s.path("layers", dirName(diffID)) }
+func (s *Store) imageFile(id string) string    { return s.path("images", idHex(id)+".json") }
+func (s *Store) fixDir(id string) string       { return s.path("fix", idHex(id)) }
+
+// tempDir makes an empty directory in tmp, where an interrupted piece of work is found and removed.
+func (s *Store) tempDir(prefix string) (string, error) {
+	dir := s.path("tmp", prefix+"-"+rand.Text())
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return "", fmt.Errorf("make temporary directory: %w", err)
+	}
+	return dir, nil
+}
+
+// discard takes path out of the store at once, and then removes it. A path that is not there is no error.
+func (s *Store) discard(path string) error {
+	trash := s.path("tmp", "trash-"+rand.Text())
+	if err := os.Rename(path, trash); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return fmt.Errorf("remove: %w", err)
+	}
+	if err := os.RemoveAll(trash); err != nil {
+		return fmt.Errorf("remove %s: %w", path, err)
+	}
+	return nil
+}
+
+func (r *imageRecord) clone() *imageRecord {
+	c := *r
+	c.Tags = map[string]int64{}
+	for k, v := range r.Tags {
+		c.Tags[k] = v
+	}
+	c.Digests = slices.Clone(r.Digests)
+	return &c
+}

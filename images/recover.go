@@ -1,0 +1,232 @@
+package images
+
+import (
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+)
+
+// recover reads what is on disk into the index and returns the paths that belong to nothing: the background
+// goroutine removes them, so that a large half-done layer does not delay the start.
+func (s *Store) recover() (stale []string, err error) {
+	entries, err := os.ReadDir(s.path("tmp"))
+	if err != nil {
+		return nil, fmt.Errorf("open image store: %w", err)
+	}
+	for _, e := range entries {
+		stale = append(stale, s.path("tmp", e.Name()))
+	}
+	newer := false
+	for _, step := range []func(*bool) ([]string, error){s.loadLayers, s.loadImages, s.loadMounts} {
+		paths, err := step(&newer)
+		if err != nil {
+			return nil, fmt.Errorf("open image store: %w", err)
+		}
+		stale = append(stale, paths...)
+	}
+	if newer {
+		// A record that this version cannot read may need any layer.
+		return stale, nil
+	}
+	trash, err := s.takeUnused()
+	return append(stale, trash...), err
+}
+
+// takeUnused moves what nothing needs any more into tmp, and returns where it is.
+func (s *Store) takeUnused() (trash []string, err error) {
+	take := func(path string) error {
+		t, err := s.trash(path)
+		if err == nil {
+			trash = append(trash, t)
+		}
+		return err
+	}
+	err = s.index.collect(func(diffID string) error { return take(s.layerDir(diffID)) })
+	entries, readErr := os.ReadDir(s.path("fix"))
+	err = errors.Join(err, readErr)
+	for _, e := range entries {
+		id := "sha256:" + e.Name()
+		err = errors.Join(err, s.index.collectFix(id, func() error { return take(s.fixDir(id)) }))
+	}
+	return trash, err
+}
+
+// collect removes the layers that nothing needs any more.
+func (s *Store) collect() error {
+	trash, err := s.takeUnused()
+	for _, t := range trash {
+		err = errors.Join(err, os.RemoveAll(t))
+	}
+	return err
+}
+
+// trash renames path into tmp and returns where it is.
+func (s *Store) trash(path string) (string, error) {
+	trash := s.path("tmp", "trash-"+rand.Text())
+	if err := os.Rename(path, trash); err != nil {
+		return "", fmt.Errorf("remove: %w", err)
+	}
+	return trash, nil
+}
+
+// setAside moves a record that cannot be read out of the way, and says where.
+func (s *Store) setAside(path string, why error) {
+	to := s.path("corrupt", filepath.Base(filepath.Dir(path))+"-"+filepath.Base(path)+"-"+rand.Text()[:8])
+	if err := os.Rename(path, to); err != nil {
+		s.log.Error("corrupt record cannot be set aside", "path", path, "error", errors.Join(why, err))
+		return
+	}
+	s.log.Error("corrupt record set aside", "path", path, "moved", to, "error", why)
+}
+
+func (s *Store) loadLayers(newer *bool) (stale []string, err error) {
+	entries, err := os.ReadDir(s.path("layers"))
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range entries {
+		dir := s.path("layers", e.Name())
+		r := &layerRecord{}
+		err := readRecord(filepath.Join(dir, "layer.json"), r)
+		if errors.Is(err, errNewer) {
+			*newer = true
+			continue
+		}
+		if err == nil && dirName(r.DiffID) != e.Name() {
+			err = fmt.Errorf("read record of layer %s: it is that of %s", dir, r.DiffID)
+		}
+		if err == nil && !r.Synced && r.BootID != s.boot {
+			err = fmt.Errorf("layer %s was not yet on disk when the machine went down", r.DiffID)
+		}
+		if err != nil {
+			s.log.Warn("layer dropped", "layer", e.Name(), "error", err)
+			trash, err := s.trash(dir)
+			if err != nil {
+				return nil, err
+			}
+			stale = append(stale, trash)
+			continue
+		}
+		s.index.layers[r.DiffID] = r
+	}
+	return stale, nil
+}
+
+func (s *Store) loadImages(newer *bool) (stale []string, err error) {
+	entries, err := os.ReadDir(s.path("images"))
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range entries {
+		path := s.path("images", e.Name())
+		if !strings.HasSuffix(e.Name(), ".json") { // a record that was being written
+			if err := os.Remove(path); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		r, err := readImage(path)
+		switch {
+		case errors.Is(err, errNewer):
+			*newer = true
+			s.log.Error("image is not served", "error", err)
+		case err != nil:
+			s.setAside(path, err)
+		default:
+			if missing := s.missing(r.Layers); len(missing) > 0 {
+				s.log.Warn("image dropped: pull it again", "id", r.ID, "names", r.image().RepoTags, "missingLayers", missing)
+				trash, err := s.trash(path)
+				if err != nil {
+					return nil, err
+				}
+				stale = append(stale, trash)
+				continue
+			}
+			s.takeYounger(r)
+		}
+	}
+	return stale, nil
+}
+
+// missing returns which of the layers are not in the store.
+func (s *Store) missing(diffIDs []string) []string {
+	return slices.DeleteFunc(slices.Clone(diffIDs), func(d string) bool { return s.index.layer(d) != nil })
+}
+
+// takeYounger publishes r. A tag that two records claim belongs to the one that got it last: a crash came
+// between the two writes of commitImage, and the next change of the older record writes the outcome.
+func (s *Store) takeYounger(r *imageRecord) {
+	for tag, at := range r.Tags {
+		other := s.index.image(s.index.names[tag])
+		if other == nil {
+			continue
+		}
+		if other.Tags[tag] >= at {
+			delete(r.Tags, tag)
+			continue
+		}
+		loser := other.clone()
+		delete(loser.Tags, tag)
+		s.index.putImage(loser)
+	}
+	s.index.putImage(r)
+}
+
+// readImage reads and checks an image record: its configuration must still have the digest that is its id.
+func readImage(path string) (*imageRecord, error) {
+	r := &imageRecord{}
+	if err := readRecord(path, r); err != nil {
+		return nil, err
+	}
+	sum := sha256.Sum256(r.Config)
+	if got := "sha256:" + hex.EncodeToString(sum[:]); got != r.ID || idHex(r.ID)+".json" != filepath.Base(path) {
+		return nil, fmt.Errorf("read record %s: configuration has digest %s", path, got)
+	}
+	var err error
+	if r.file, err = v1.ParseConfigFile(strings.NewReader(string(r.Config))); err != nil {
+		return nil, fmt.Errorf("read record %s: %w", path, err)
+	}
+	if r.Tags == nil {
+		r.Tags = map[string]int64{}
+	}
+	return r, nil
+}
+
+// loadMounts reads the records of root filesystems and volumes. Their layers are needed whether they are
+// mounted or not: the containers may be running under another process.
+func (s *Store) loadMounts(newer *bool) (stale []string, err error) {
+	for _, kind := range []string{kindRootfs, kindVolume} {
+		entries, err := os.ReadDir(s.path(kind))
+		if err != nil {
+			return nil, err
+		}
+		for _, e := range entries {
+			dir := s.path(kind, e.Name())
+			r := &rootfsRecord{}
+			err := readRecord(filepath.Join(dir, "rootfs.json"), r)
+			if errors.Is(err, errNewer) {
+				*newer = true
+				continue
+			}
+			if err != nil {
+				s.setAside(filepath.Join(dir, "rootfs.json"), err)
+				// What the record said cannot be known: its layers must stay until the owner is gone.
+				*newer = true
+				r = &rootfsRecord{Version: recordVersion}
+			}
+			s.index.mounts[kind+"/"+e.Name()] = r
+			if lost := s.missing(r.Layers); len(lost) > 0 {
+				s.log.Warn("root filesystem lost layers", "path", dir, "layers", lost)
+			}
+		}
+	}
+	return stale, nil
+}

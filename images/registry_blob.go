@@ -1,0 +1,173 @@
+package images
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+
+	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
+)
+
+// blobRetries is how often in a row a blob's connection may end without having brought a single byte.
+const blobRetries = 5
+
+// blobReader reads a blob from a registry and goes on where it was when the connection is cut. It is used by one
+// reader; Abort may be called from another goroutine.
+type blobReader struct {
+	from    *remote
+	digest  string
+	size    int64
+	ctx     context.Context
+	end     context.CancelCauseFunc
+	body    io.ReadCloser // nil: to be opened at off
+	stop    context.CancelCauseFunc
+	off     int64
+	idle    int // attempts since the last byte
+	retries int
+}
+
+// blob opens a blob of a known size. Its digest is for the caller to check.
+func (r *remote) blob(ctx context.Context, digest string, size int64) (*blobReader, error) {
+	ctx, end := context.WithCancelCause(ctx)
+	b := &blobReader{from: r, digest: digest, size: size, ctx: ctx, end: end, retries: blobRetries}
+	if r.at.mirror {
+		b.retries = mirrorRetries
+	}
+	if err := b.open(); err != nil {
+		end(nil)
+		return nil, err
+	}
+	return b, nil
+}
+
+// open asks for what is still missing.
+func (b *blobReader) open() error {
+	what := "get blob " + b.digest
+	ctx, stop := context.WithCancelCause(b.ctx)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, b.from.url("blobs", b.digest), nil)
+	if err != nil {
+		stop(nil)
+		return fmt.Errorf("%s: %w", b.from.at, err)
+	}
+	if b.off > 0 {
+		req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", b.off, b.size-1))
+	}
+	resp, err := b.from.client.Do(req)
+	if err != nil {
+		defer stop(nil)
+		return b.from.failed(what, errors.Join(err, context.Cause(ctx)), "")
+	}
+	skip, err := b.checkResponse(resp)
+	if err == nil {
+		body := &stallReader{r: resp.Body, limit: b.from.waits.stall, cancel: stop}
+		if _, err = io.CopyN(io.Discard, body, skip); err == nil {
+			b.body, b.stop = &watchedBody{stallReader: body, c: resp.Body, ctx: ctx}, stop
+			return nil
+		}
+	}
+	err = b.from.failed(what, errors.Join(err, context.Cause(ctx)), "")
+	stop(nil)
+	resp.Body.Close()
+	return err
+}
+
+// checkResponse returns how much of the body was had before: a server that does not know ranges sends it all.
+func (b *blobReader) checkResponse(resp *http.Response) (skip int64, err error) {
+	if b.off > 0 && resp.StatusCode == http.StatusPartialContent {
+		var first, last int64
+		if _, err := fmt.Sscanf(resp.Header.Get("Content-Range"), "bytes %d-%d/", &first, &last); err != nil || first > b.off {
+			return 0, fmt.Errorf("%w: answer to a range request has range %.60q", ErrUnavailable, resp.Header.Get("Content-Range"))
+		}
+		return b.off - first, nil
+	}
+	if err := transport.CheckError(resp, http.StatusOK); err != nil {
+		return 0, err
+	}
+	if resp.ContentLength >= 0 && b.size >= 0 && resp.ContentLength != b.size {
+		return 0, fmt.Errorf("%w: it has %d bytes, the manifest says %d", ErrDigest, resp.ContentLength, b.size)
+	}
+	return b.off, nil
+}
+
+// watchedBody ends a body's read error with the reason why its request was cancelled.
+type watchedBody struct {
+	*stallReader
+	c   io.Closer
+	ctx context.Context
+}
+
+func (w *watchedBody) Read(p []byte) (int, error) {
+	n, err := w.stallReader.Read(p)
+	if err != nil && err != io.EOF && context.Cause(w.ctx) != nil {
+		err = errors.Join(err, context.Cause(w.ctx))
+	}
+	return n, err
+}
+
+func (w *watchedBody) Close() error { return w.c.Close() }
+
+func (b *blobReader) Read(p []byte) (int, error) {
+	for {
+		if b.body == nil {
+			if err := b.reopen(); err != nil {
+				if b.off > 0 && b.idle < b.retries && b.ctx.Err() == nil && errors.Is(err, ErrUnavailable) {
+					continue // it was there a moment ago
+				}
+				return 0, err
+			}
+		}
+		n, err := b.body.Read(p)
+		b.off += int64(n)
+		if n > 0 {
+			b.idle = 0
+		}
+		switch {
+		case err == nil, err == io.EOF && b.off >= b.size:
+			return n, err
+		case b.ctx.Err() != nil:
+			return n, context.Cause(b.ctx)
+		}
+		// Cut: a body that ends early, or breaks. What came of it is good.
+		if err == io.EOF {
+			err = io.ErrUnexpectedEOF
+		}
+		b.drop()
+		if b.idle >= b.retries {
+			return n, b.from.failed(fmt.Sprintf("get blob %s: cut after %d of %d bytes", b.digest, b.off, b.size), err, "")
+		}
+		if n > 0 {
+			return n, nil
+		}
+	}
+}
+
+// reopen waits and asks for the rest. The transport has its own retries for answers that are errors.
+func (b *blobReader) reopen() error {
+	if b.idle > 0 {
+		if err := sleep(b.ctx, b.from.waits.step(b.idle-1)); err != nil {
+			return err
+		}
+	}
+	b.idle++
+	return b.open()
+}
+
+func (b *blobReader) drop() {
+	if b.body != nil {
+		b.stop(nil)
+		b.body.Close()
+		b.body = nil
+	}
+}
+
+// Abort makes a Read under way return.
+func (b *blobReader) Abort() { b.end(context.Canceled) }
+
+// Close must not run beside Read.
+func (b *blobReader) Close() error {
+	b.end(nil)
+	b.drop()
+	return nil
+}

@@ -1,0 +1,192 @@
+package images
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// streamBatch is how many images go into one message of StreamImages.
+const streamBatch = 100
+
+// Service is the CRI's ImageService over a Store.
+type Service struct {
+	runtimeapi.UnsafeImageServiceServer
+	store    *Store
+	handlers []string
+}
+
+var _ runtimeapi.ImageServiceServer = (*Service)(nil)
+
+// NewService makes the service. handlers are the names of the runtime handlers that there are beside the default
+// one, "": the CRI wants a pull for any other to be rejected. Images are the same for all of them.
+func NewService(store *Store, handlers ...string) *Service {
+	return &Service{store: store, handlers: handlers}
+}
+
+// ListImages returns the images, or the one that the filter names.
+func (s *Service) ListImages(_ context.Context, req *runtimeapi.ListImagesRequest) (*runtimeapi.ListImagesResponse, error) {
+	images, err := s.list(req.GetFilter())
+	if err != nil {
+		return nil, grpcError(err)
+	}
+	return &runtimeapi.ListImagesResponse{Images: images}, nil
+}
+
+// StreamImages is ListImages in several messages.
+func (s *Service) StreamImages(req *runtimeapi.StreamImagesRequest, stream grpc.ServerStreamingServer[runtimeapi.StreamImagesResponse]) error {
+	images, err := s.list(req.GetFilter())
+	if err != nil {
+		return grpcError(err)
+	}
+	for batch := range slices.Chunk(images, streamBatch) {
+		if err := stream.Send(&runtimeapi.StreamImagesResponse{Images: batch}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *Service) list(filter *runtimeapi.ImageFilter) ([]*runtimeapi.Image, error) {
+	name := filter.GetImage().GetImage()
+	if name == "" {
+		var out []*runtimeapi.Image
+		for _, r := range s.store.index.list() {
+			out = append(out, r.proto())
+		}
+		return out, nil
+	}
+	r, err := s.store.index.find(name)
+	if isAbsent(err) {
+		return nil, nil
+	} else if err != nil {
+		return nil, err
+	}
+	return []*runtimeapi.Image{r.proto()}, nil
+}
+
+// ImageStatus answers without an image, and without an error, where there is none.
+func (s *Service) ImageStatus(_ context.Context, req *runtimeapi.ImageStatusRequest) (*runtimeapi.ImageStatusResponse, error) {
+	r, err := s.store.index.find(req.GetImage().GetImage())
+	if isAbsent(err) {
+		return &runtimeapi.ImageStatusResponse{}, nil
+	} else if err != nil {
+		return nil, grpcError(err)
+	}
+	resp := &runtimeapi.ImageStatusResponse{Image: r.proto()}
+	if req.GetVerbose() {
+		if resp.Info, err = s.store.verbose(r); err != nil {
+			return nil, grpcError(err)
+		}
+	}
+	return resp, nil
+}
+
+// PullImage pulls an image; the answer is its id.
+func (s *Service) PullImage(ctx context.Context, req *runtimeapi.PullImageRequest) (*runtimeapi.PullImageResponse, error) {
+	if h := req.GetImage().GetRuntimeHandler(); h != "" && !slices.Contains(s.handlers, h) {
+		return nil, grpcError(fmt.Errorf("%w: pull image %s: runtime handler %q is not configured", ErrInvalid, req.GetImage().GetImage(), h))
+	}
+	var auth *Auth
+	if a := req.GetAuth(); a != nil {
+		auth = &Auth{Username: a.GetUsername(), Password: a.GetPassword(), Auth: a.GetAuth(), IdentityToken: a.GetIdentityToken(),
+			RegistryToken: a.GetRegistryToken(), ServerAddress: a.GetServerAddress()}
+	}
+	image, err := s.store.Pull(ctx, req.GetImage().GetImage(), auth)
+	if err != nil {
+		return nil, grpcError(err)
+	}
+	return &runtimeapi.PullImageResponse{ImageRef: image.ID}, nil
+}
+
+// RemoveImage removes an image with all of its names.
+func (s *Service) RemoveImage(_ context.Context, req *runtimeapi.RemoveImageRequest) (*runtimeapi.RemoveImageResponse, error) {
+	if err := s.store.Remove(req.GetImage().GetImage()); err != nil {
+		return nil, grpcError(err)
+	}
+	return &runtimeapi.RemoveImageResponse{}, nil
+}
+
+// ImageFsInfo reports the store's filesystem. What images take was counted when they were unpacked; what
+// containers have written is measured now. Both are on one filesystem, under one mount point.
+func (s *Service) ImageFsInfo(_ context.Context, _ *runtimeapi.ImageFsInfoRequest) (*runtimeapi.ImageFsInfoResponse, error) {
+	bytes, inodes := s.store.Usage()
+	images := s.store.fsUsage(bytes, inodes)
+	bytes, inodes = 0, 0
+	for _, key := range s.store.index.mountKeys(kindRootfs) {
+		b, n, err := s.store.RootfsUsage(strings.TrimPrefix(key, kindRootfs+"/"))
+		if isAbsent(err) {
+			continue // removed meanwhile
+		} else if err != nil {
+			return nil, grpcError(err)
+		}
+		bytes, inodes = bytes+b, inodes+n
+	}
+	return &runtimeapi.ImageFsInfoResponse{
+		ImageFilesystems:     []*runtimeapi.FilesystemUsage{images},
+		ContainerFilesystems: []*runtimeapi.FilesystemUsage{s.store.fsUsage(bytes, inodes)},
+	}, nil
+}
+
+func (s *Store) fsUsage(bytes, inodes uint64) *runtimeapi.FilesystemUsage {
+	return &runtimeapi.FilesystemUsage{
+		Timestamp:  time.Now().UnixNano(),
+		FsId:       &runtimeapi.FilesystemIdentifier{Mountpoint: s.cfg.Root},
+		UsedBytes:  &runtimeapi.UInt64Value{Value: bytes},
+		InodesUsed: &runtimeapi.UInt64Value{Value: inodes},
+	}
+}
+
+func (r *imageRecord) proto() *runtimeapi.Image {
+	img := r.image()
+	p := &runtimeapi.Image{Id: img.ID, RepoTags: img.RepoTags, RepoDigests: img.RepoDigests, Size: max(img.Size, 1),
+		Spec: &runtimeapi.ImageSpec{Image: img.ID, Annotations: r.Annotations}}
+	user, _, _ := strings.Cut(img.Config.User, ":")
+	if uid, err := strconv.ParseInt(user, 10, 64); err == nil {
+		p.Uid = &runtimeapi.Int64Value{Value: uid}
+	} else {
+		p.Username = user
+	}
+	return p
+}
+
+// verbose is an image's details as JSON, for people.
+func (s *Store) verbose(r *imageRecord) (map[string]string, error) {
+	type layerInfo struct {
+		DiffID string `json:"diffID"`
+		Bytes  uint64 `json:"bytes"`
+		Inodes uint64 `json:"inodes"`
+		Path   string `json:"path"`
+		// LeftOut lists what the layer asked for and a user namespace does not give.
+		LeftOut []note `json:"leftOut,omitempty"`
+	}
+	info := struct {
+		Manifest  string          `json:"manifest"`
+		Platform  string          `json:"platform"`
+		Pulled    time.Time       `json:"pulled"`
+		ImageSpec json.RawMessage `json:"imageSpec"`
+		Layers    []layerInfo     `json:"layers"`
+	}{Manifest: r.Manifest, Pulled: r.Pulled, ImageSpec: r.Config}
+	if p := r.file.Platform(); p != nil {
+		info.Platform = p.String()
+	}
+	for _, d := range r.Layers {
+		l := layerInfo{DiffID: d, Path: s.layerDir(d)}
+		if rec := s.index.layer(d); rec != nil {
+			l.Bytes, l.Inodes, l.LeftOut = rec.Bytes, rec.Inodes, rec.Notes
+		}
+		info.Layers = append(info.Layers, l)
+	}
+	raw, err := json.Marshal(info)
+	if err != nil {
+		return nil, fmt.Errorf("describe image %s: %w", r.ID, err)
+	}
+	return map[string]string{"info": string(raw)}, nil
+}

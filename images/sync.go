@@ -1,0 +1,136 @@
+package images
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+)
+
+// What reaches the disk, and when.
+//
+// A layer is many small files. To fsync each of them, or to syncfs the whole filesystem before a pull may end,
+// would make a pull wait for the disk many times longer than for the registry, though nothing that is lost in a
+// power cut is precious: a layer can be pulled again. What must not happen is that a layer with empty or torn
+// files is taken for whole.
+//
+// So a layer is put into place as soon as it is verified, with a record that names the current boot and says
+// that it is not synced. A background goroutine then writes the layer out file by file, and when that and a final
+// syncfs(2) are through, marks the record. Open trusts a layer that is marked, or that was written in this boot:
+// the page cache survives a SIGKILL. Any other is dropped, and with it the images that need it: a power cut
+// within the first seconds after a pull costs a second pull.
+//
+// Image records and marks are written with fsync, and after what they refer to.
+
+// background removes what recovery found, then syncs layers until the store is closed.
+func (s *Store) background(stale []string) {
+	for _, path := range stale {
+		if s.life.Err() != nil {
+			return // the next Open finds them
+		}
+		if err := os.RemoveAll(path); err != nil {
+			s.log.Warn("stale data cannot be removed", "path", path, "error", err)
+		}
+	}
+	for {
+		if err := s.syncLayers(); err != nil && s.life.Err() == nil {
+			s.log.Warn("layers are not on stable storage yet", "error", err)
+		}
+		select {
+		case <-s.kick:
+		case <-s.life.Done():
+			return
+		}
+	}
+}
+
+func (s *Store) syncLayers() error {
+	layers := s.index.unsynced()
+	if len(layers) == 0 {
+		return nil
+	}
+	for _, l := range layers {
+		err := writeOut(s.life, filepath.Join(s.layerDir(l.DiffID), "diff"))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) { // an image may be removed meanwhile
+			return err
+		}
+	}
+	if err := syncfs(s.path("layers")); err != nil {
+		return err
+	}
+	for _, l := range layers {
+		marked := *l
+		marked.Synced = true
+		err := writeRecord(filepath.Join(s.layerDir(l.DiffID), "layer.json"), &marked)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		} else if err != nil {
+			return err
+		}
+		s.index.replaceLayer(&marked)
+	}
+	return nil
+}
+
+// writeOut starts writing every file below dir and waits for it, one by one, so that it can stop at any of them;
+// it leaves the metadata to syncfs.
+func writeOut(ctx context.Context, dir string) error {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return fmt.Errorf("sync layer: %w", err)
+	}
+	defer root.Close()
+	return fs.WalkDir(root.FS(), ".", func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if !d.Type().IsRegular() {
+			return nil
+		}
+		f, err := root.Open(path)
+		if err != nil {
+			return fmt.Errorf("sync layer: %w", err)
+		}
+		defer f.Close()
+		const all = unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WRITE | unix.SYNC_FILE_RANGE_WAIT_AFTER
+		err = unix.SyncFileRange(int(f.Fd()), 0, 0, all)
+		// Filesystems without it (FUSE, overlayfs) are left to syncfs.
+		if err != nil && !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.ESPIPE) && !errors.Is(err, unix.EINVAL) {
+			return fmt.Errorf("sync layer file %s: %w", path, err)
+		}
+		return nil
+	})
+}
+
+func syncfs(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("sync filesystem: %w", err)
+	}
+	defer f.Close()
+	if err := unix.Syncfs(int(f.Fd())); err != nil {
+		return fmt.Errorf("sync filesystem of %s: %w", path, err)
+	}
+	return nil
+}
+
+// writeUnsynced writes a record in a directory that is still in tmp, and that is worth nothing after a power cut
+// with the record or without.
+func writeUnsynced(path string, rec any) error {
+	raw, err := json.Marshal(rec)
+	if err != nil {
+		return fmt.Errorf("encode record %s: %w", path, err)
+	}
+	if err := os.WriteFile(path, raw, 0o600); err != nil {
+		return fmt.Errorf("write record: %w", err)
+	}
+	return nil
+}

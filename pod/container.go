@@ -1,0 +1,182 @@
+package pod
+
+import (
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/coracle-cri/coracle/ctr"
+)
+
+// containerSpec is what was asked for, resolved to what the keeper gets. It never changes.
+type containerSpec struct {
+	ID         string          `json:"id"`
+	PodID      string          `json:"podID"`
+	CreatedAt  time.Time       `json:"createdAt"`
+	Config     containerConfig `json:"config"`
+	ImageID    string          `json:"imageID"`
+	ImageRef   string          `json:"imageRef"`
+	OCI        *specs.Spec     `json:"oci"`
+	LogPath    string          `json:"logPath,omitempty"`
+	StopSignal syscall.Signal  `json:"stopSignal"`
+	NotApplied []string        `json:"notApplied,omitempty"` // sentences: what was asked and is not in force
+}
+
+// containerStatus is what happened. Its stamps only ever go from zero to a time:
+//
+//	         StartedAt             FinishedAt
+//	Created ───────────► Running ─────────────► Exited
+//	   │                                          ▲
+//	   └──────────────────────────────────────────┘
+//	     start failed (StartError), or the node died (ContainerStatusUnknown)
+type containerStatus struct {
+	Pid        int       `json:"pid,omitempty"`
+	PidStart   uint64    `json:"pidStart,omitempty"`
+	StartedAt  time.Time `json:"startedAt,omitzero"`
+	FinishedAt time.Time `json:"finishedAt,omitzero"`
+	ExitCode   int       `json:"exitCode,omitempty"`
+	OOMKilled  bool      `json:"oomKilled,omitempty"`
+	Failure    string    `json:"failure,omitempty"` // a CRI reason, where the exit code does not tell all
+	Message    string    `json:"message,omitempty"`
+}
+
+// The reasons of ContainerStatus that the kubelet and people know from other runtimes.
+const (
+	reasonCompleted  = "Completed"
+	reasonError      = "Error"
+	reasonOOMKilled  = "OOMKilled"
+	reasonStartError = "StartError"
+	reasonUnknown    = "ContainerStatusUnknown"
+)
+
+const (
+	startErrorCode = 128 // what containerd reports, and the kubelet's users look for
+	// lostCode: a node's death is SIGKILL to all, and 137 is what the kubelet itself writes for such containers.
+	lostCode = 128 + int(syscall.SIGKILL)
+)
+
+type container struct {
+	spec   containerSpec
+	dir    string // in the runtime directory
+	status *record[containerStatus]
+
+	exited     chan struct{} // closed when FinishedAt is published
+	exitedOnce sync.Once
+	// stopSent: the stop signal goes out once, since many programs take a second one as "now".
+	stopSent atomic.Bool
+	usage    usageCache
+}
+
+func newContainer(spec containerSpec, dir string, status containerStatus) *container {
+	c := &container{
+		spec: spec, dir: dir, exited: make(chan struct{}),
+		status: newRecord(statusPath(dir), status),
+	}
+	if !status.FinishedAt.IsZero() {
+		c.exitedOnce.Do(func() { close(c.exited) })
+	}
+	return c
+}
+
+func (st containerStatus) state() runtimeapi.ContainerState {
+	switch {
+	case !st.FinishedAt.IsZero():
+		return runtimeapi.ContainerState_CONTAINER_EXITED
+	case !st.StartedAt.IsZero():
+		return runtimeapi.ContainerState_CONTAINER_RUNNING
+	default:
+		return runtimeapi.ContainerState_CONTAINER_CREATED
+	}
+}
+
+func (st containerStatus) running() bool {
+	return st.state() == runtimeapi.ContainerState_CONTAINER_RUNNING
+}
+
+func (st containerStatus) reason() string {
+	switch {
+	case st.FinishedAt.IsZero():
+		return ""
+	case st.Failure != "":
+		return st.Failure
+	case st.OOMKilled && st.ExitCode != 0:
+		return reasonOOMKilled
+	case st.ExitCode == 0:
+		return reasonCompleted
+	default:
+		return reasonError
+	}
+}
+
+// change is the container's one transition.
+func (c *container) change(change func(*containerStatus)) error {
+	if err := c.status.transition(change); err != nil {
+		return err
+	}
+	if !c.status.snapshot().FinishedAt.IsZero() {
+		c.exitedOnce.Do(func() { close(c.exited) })
+	}
+	return nil
+}
+
+// observe takes in what the keeper says. Facts arrive by events and by answers, in any order, and stamps are
+// never taken back: a late "running" does not wake the dead.
+func (c *container) observe(state ctr.State) error {
+	return c.change(func(st *containerStatus) {
+		st.OOMKilled = st.OOMKilled || state.OOMKilled
+		if st.StartedAt.IsZero() {
+			st.Pid, st.PidStart, st.StartedAt = state.Pid, state.PidStart, state.StartedAt
+		}
+		if !st.FinishedAt.IsZero() || !state.Exited() {
+			return
+		}
+		st.FinishedAt, st.ExitCode = state.FinishedAt, state.ExitCode
+		if state.Error != "" {
+			st.Failure, st.Message, st.ExitCode = reasonStartError, state.Error, startErrorCode
+		}
+	})
+}
+
+// startFailed is the end of a container whose program never ran.
+func (c *container) startFailed(cause error) error {
+	return c.change(func(st *containerStatus) {
+		st.FinishedAt = time.Now()
+		st.ExitCode, st.Failure, st.Message = startErrorCode, reasonStartError, cause.Error()
+	})
+}
+
+// lost is the end of a container of which nobody saw the exit.
+func (c *container) lost(why string) error {
+	return c.change(func(st *containerStatus) {
+		if !st.FinishedAt.IsZero() {
+			return
+		}
+		st.FinishedAt = time.Now()
+		st.ExitCode, st.Failure, st.Message = lostCode, reasonUnknown, why
+	})
+}
+
+// requireRunning names the container and its state where it does not run.
+func (c *container) requireRunning(verb string) error {
+	if st := c.status.snapshot(); !st.running() {
+		return wrongState("%s container %s: it is %s, not running", verb, c.spec.ID, stateName(st.state()))
+	}
+	return nil
+}
+
+func stateName(state runtimeapi.ContainerState) string {
+	switch state {
+	case runtimeapi.ContainerState_CONTAINER_CREATED:
+		return "created"
+	case runtimeapi.ContainerState_CONTAINER_RUNNING:
+		return "running"
+	case runtimeapi.ContainerState_CONTAINER_EXITED:
+		return "exited"
+	}
+	return fmt.Sprintf("in state %d", state)
+}

@@ -1,0 +1,67 @@
+package pod
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/coracle-cri/coracle/ctr"
+)
+
+// startTimeout bounds a start that no caller waits for any more.
+const startTimeout = 2 * time.Minute
+
+// startContainer makes the process and lets it run. A start that fails ends the container: it is Exited with
+// reason StartError and exit code 128, as the kubelet's users know it, and the RPC is an error.
+func (s *Service) startContainer(ctx context.Context, id string) error {
+	c, err := s.index.container(id)
+	if err != nil {
+		return err
+	}
+	p, err := s.index.pod(c.spec.PodID)
+	if err != nil {
+		return err
+	}
+	if err := p.op.lock(ctx); err != nil {
+		return err
+	}
+	defer p.op.unlock()
+	if st := c.status.snapshot().state(); st != runtimeapi.ContainerState_CONTAINER_CREATED {
+		return wrongState("start container %s: it is %s, not created", c.spec.ID, stateName(st))
+	}
+	if err := requireReady(p, "start a container in"); err != nil {
+		return err
+	}
+	// Once begun it is brought to its end: a caller that hangs up must not leave a container half started.
+	work, cancel := context.WithTimeout(context.WithoutCancel(ctx), startTimeout)
+	defer cancel()
+	state, err := s.launch(work, c)
+	if err != nil {
+		err = fmt.Errorf("start container %s: %w", c.spec.ID, err)
+		return errors.Join(err, c.startFailed(err), s.deps.Containers.Delete(work, c.spec.ID))
+	}
+	return c.observe(state)
+}
+
+func (s *Service) launch(ctx context.Context, c *container) (ctr.State, error) {
+	if c.spec.LogPath != "" {
+		// The kubelet makes the container's directory below the pod's log directory; crictl does not.
+		if err := os.MkdirAll(filepath.Dir(c.spec.LogPath), 0o755); err != nil {
+			return ctr.State{}, fmt.Errorf("make log directory: %w", err)
+		}
+	}
+	config := c.spec.Config
+	_, err := s.deps.Containers.Create(ctx, ctr.CreateRequest{
+		ID: c.spec.ID, Spec: c.spec.OCI, LogPath: c.spec.LogPath,
+		Stdin: config.GetStdin(), StdinOnce: config.GetStdinOnce(), TTY: config.GetTty(),
+	})
+	if err != nil {
+		return ctr.State{}, err
+	}
+	return s.deps.Containers.Start(ctx, c.spec.ID)
+}

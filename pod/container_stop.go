@@ -1,0 +1,119 @@
+package pod
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/coracle-cri/coracle/ctr"
+)
+
+func isGone(err error) bool { return errors.Is(err, ctr.ErrNotFound) }
+
+// stopContainer sends the stop signal, waits, and kills. Several may stop the same container: the signal goes
+// out once, and each kills at the end of its own patience.
+func (s *Service) stopContainer(ctx context.Context, id string, grace time.Duration) error {
+	c, err := s.index.container(id)
+	if errors.Is(err, errNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if err := s.sendStop(ctx, c, grace); err != nil {
+		return fmt.Errorf("stop container %s: %w", c.spec.ID, err)
+	}
+	if grace > 0 && c.status.snapshot().running() {
+		timer := time.NewTimer(grace)
+		defer timer.Stop()
+		select {
+		case <-c.exited:
+		case <-timer.C:
+		case <-ctx.Done():
+			// The caller is gone, and with it the decision to kill; it will ask again.
+			return fmt.Errorf("stop container %s: wait for its end: %w", c.spec.ID, ctx.Err())
+		}
+	}
+	return s.kill(ctx, c)
+}
+
+// sendStop holds the pod's lock for the signal only: a start under way is awaited, a grace period is not.
+func (s *Service) sendStop(ctx context.Context, c *container, grace time.Duration) error {
+	p, err := s.index.pod(c.spec.PodID)
+	if err != nil {
+		return nil // removed meanwhile
+	}
+	if err := p.op.lock(ctx); err != nil {
+		return err
+	}
+	defer p.op.unlock()
+	if grace <= 0 || !c.status.snapshot().running() || !c.stopSent.CompareAndSwap(false, true) {
+		return nil
+	}
+	sig := c.spec.StopSignal
+	if sig == 0 {
+		sig = syscall.SIGTERM
+	}
+	if err := s.signal(ctx, c, sig, false); err != nil {
+		c.stopSent.Store(false)
+		return err
+	}
+	return nil
+}
+
+// removeContainer: "If the container is running, the container must be forcibly removed."
+func (s *Service) removeContainer(ctx context.Context, id string) error {
+	c, err := s.index.container(id)
+	if errors.Is(err, errNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	p, err := s.index.pod(c.spec.PodID)
+	if errors.Is(err, errNotFound) {
+		return nil // gone with its pod
+	}
+	if err != nil {
+		return err
+	}
+	if err := p.op.lock(ctx); err != nil {
+		return err
+	}
+	defer p.op.unlock()
+	return s.removeContainerLocked(ctx, c)
+}
+
+// removeContainerLocked deletes the spec last, so that what fails is tried again. Idempotent.
+func (s *Service) removeContainerLocked(ctx context.Context, c *container) error {
+	id := c.spec.ID
+	if err := s.kill(ctx, c); err != nil {
+		return fmt.Errorf("remove container: %w", err)
+	}
+	if err := s.sweepContainer(ctx, id); err != nil {
+		return fmt.Errorf("remove container %s: %w", id, err)
+	}
+	if err := remove(s.store.containerSpecPath(id)); err != nil {
+		return fmt.Errorf("remove container %s: %w", id, err)
+	}
+	s.index.dropContainer(c)
+	return nil
+}
+
+// sweepContainer gives back everything of a container but its spec.
+func (s *Service) sweepContainer(ctx context.Context, id string) error {
+	if err := s.deps.Containers.Delete(ctx, id); err != nil {
+		return fmt.Errorf("delete process: %w", err)
+	}
+	if err := s.deps.Images.UnmountRootfs(id); err != nil {
+		return fmt.Errorf("unmount root filesystem: %w", err)
+	}
+	if err := s.deps.Images.UnmountImageVolume(id); err != nil {
+		return fmt.Errorf("unmount image volumes: %w", err)
+	}
+	dir := s.store.containerDir(id)
+	return errors.Join(unpin(filepath.Join(dir, "pid")), removeDir(dir))
+}

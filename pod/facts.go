@@ -1,0 +1,151 @@
+package pod
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/coracle-cri/coracle/ctr"
+)
+
+// Pauses between attempts to reach the keeper again.
+const (
+	retryFirst = 50 * time.Millisecond
+	retryLast  = 2 * time.Second
+)
+
+// watch keeps the snapshots true until ctx ends. After a loss of the keeper's connection it asks for what it
+// missed: by the sequence of events, and by the list of what is.
+func (s *Service) watch(ctx context.Context, since uint64) {
+	pause := retryFirst
+	for ctx.Err() == nil {
+		err := s.deps.Containers.Events(ctx, since, func(e ctr.Event) error {
+			since, pause = e.Seq, retryFirst
+			s.observe(e.State)
+			return nil
+		})
+		if ctx.Err() != nil {
+			return
+		}
+		s.cfg.Log.Warn("keeper's events broke off", "error", err, "again in", pause)
+		if !sleep(ctx, pause) {
+			return
+		}
+		pause = min(2*pause, retryLast)
+		if seq, err := s.adopt(ctx); err == nil {
+			since = seq
+		}
+	}
+}
+
+func sleep(ctx context.Context, d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// observe takes in one fact. Nobody waits for the outcome, so an error goes to the log: the disk refused it, and
+// the next start of the daemon asks the keeper again.
+func (s *Service) observe(state ctr.State) {
+	c, p := s.index.observed(state.ID)
+	var err error
+	switch {
+	case c != nil:
+		err = c.observe(state)
+	case p != nil && state.Exited():
+		err = p.stopped() // the pause process holds the pid namespace: without it no container can start
+	}
+	if err != nil {
+		s.cfg.Log.Error("record a container's state", "id", state.ID, "error", err)
+	}
+}
+
+// keeperFacts is what the keeper told at one time.
+type keeperFacts struct {
+	asked  time.Time // what began later is not in states
+	boot   string
+	states map[string]ctr.State
+}
+
+// adopt settles every pod and container by the keeper's facts, and returns the sequence they stand for. It runs
+// at start-up, and when the keeper was lost and found.
+func (s *Service) adopt(ctx context.Context) (seq uint64, err error) {
+	facts := keeperFacts{asked: time.Now(), states: map[string]ctr.State{}}
+	info, err := s.deps.Containers.Info(ctx)
+	if err != nil {
+		return 0, err
+	}
+	list, err := s.deps.Containers.List(ctx)
+	if err != nil {
+		return 0, err
+	}
+	for _, st := range list {
+		facts.states[st.ID] = st
+	}
+	facts.boot = info.BootID
+	s.boot.Store(&info.BootID)
+	var errs []error
+	for _, p := range s.index.allPods() {
+		errs = append(errs, s.settlePod(p, facts))
+	}
+	for _, c := range s.index.allContainers("") {
+		errs = append(errs, s.settleContainer(ctx, c, facts))
+	}
+	return info.Seq, errors.Join(errs...)
+}
+
+// settlePod finds out whether a pod that was ready still is.
+func (s *Service) settlePod(p *pod, facts keeperFacts) error {
+	st := p.status.snapshot()
+	if !st.ready() || st.ReadyAt.After(facts.asked) {
+		return nil
+	}
+	alive := st.BootID == facts.boot
+	if alive && p.sharesPID() {
+		pause, known := facts.states[p.spec.ID]
+		alive = known && pause.Running()
+	}
+	for _, k := range p.ownNamespaces().kinds {
+		alive = alive && pinned(k.pin)
+	}
+	if alive {
+		return nil
+	}
+	s.cfg.Log.Warn("pod is not ready any more: its node, its pause process or its namespaces are gone", "pod", p.spec.ID)
+	return p.stopped()
+}
+
+// settleContainer takes in what happened unseen. What the keeper knows counts, on whatever boot it was told.
+func (s *Service) settleContainer(ctx context.Context, c *container, facts keeperFacts) error {
+	state, known := facts.states[c.spec.ID]
+	st := c.status.snapshot()
+	halfStarted := known && state.StartedAt.IsZero() && !state.Exited()
+	switch {
+	case known && !state.Exited() && (halfStarted || !st.FinishedAt.IsZero()):
+		// A daemon died between create and start, or could not tell the keeper to end what it gave up.
+		return s.discard(ctx, c)
+	case known:
+		return c.observe(state)
+	case st.running() && st.StartedAt.Before(facts.asked):
+		if _, p := s.index.observed(c.spec.PodID); p != nil && p.status.snapshot().BootID != facts.boot {
+			return c.lost("the node that it ran on ended")
+		}
+		return c.lost("the keeper has no record of the container")
+	}
+	return nil
+}
+
+// discard deletes the process of a container, unless an operation is at work on it: that one will see to it.
+func (s *Service) discard(ctx context.Context, c *container) error {
+	_, p := s.index.observed(c.spec.PodID)
+	if p == nil || !p.op.tryLock() {
+		return nil
+	}
+	defer p.op.unlock()
+	return s.deps.Containers.Delete(ctx, c.spec.ID)
+}

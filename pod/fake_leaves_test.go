@@ -1,0 +1,273 @@
+package pod
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/coracle-cri/coracle/cgroupv2"
+	"github.com/coracle-cri/coracle/images"
+	"github.com/coracle-cri/coracle/netslirp"
+)
+
+// failures are errors that a test wants of a fake.
+type failures struct {
+	mu   sync.Mutex
+	errs map[string]error
+}
+
+func (f *failures) set(op string, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.errs == nil {
+		f.errs = map[string]error{}
+	}
+	f.errs[op] = err
+}
+
+func (f *failures) get(op string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.errs[op]
+}
+
+// fakeNetwork gives out addresses, brings the loopback of real namespaces up, and opens real sockets in them.
+type fakeNetwork struct {
+	failures
+	mu       sync.Mutex
+	node     string // a pinned network namespace
+	next     int
+	attached map[string]netslirp.AttachRequest
+	cidr     string
+}
+
+func (n *fakeNetwork) Attach(ctx context.Context, req netslirp.AttachRequest) (netslirp.Attachment, error) {
+	if err := errors.Join(n.get("attach"), ctx.Err()); err != nil {
+		return netslirp.Attachment{}, err
+	}
+	if err := inNetNS(req.NetNS, upLoopback); err != nil {
+		return netslirp.Attachment{}, err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.next++
+	n.attached[req.PodID] = req
+	return netslirp.Attachment{IP: fmt.Sprintf("10.88.0.%d", n.next), AdditionalIPs: []string{fmt.Sprintf("fd00::%d", n.next)}}, nil
+}
+
+func (n *fakeNetwork) Detach(_ context.Context, podID, _ string) error {
+	if err := n.get("detach"); err != nil {
+		return err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	delete(n.attached, podID)
+	return nil
+}
+
+func (n *fakeNetwork) Reconcile(_ context.Context, live map[string]bool) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for id := range n.attached {
+		if !live[id] {
+			delete(n.attached, id)
+		}
+	}
+	return nil
+}
+
+func (n *fakeNetwork) SetPodCIDR(cidr string) error {
+	if _, _, err := net.ParseCIDR(cidr); err != nil {
+		return fmt.Errorf("%w: %v", netslirp.ErrInvalid, err)
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.cidr = cidr
+	return nil
+}
+
+func (n *fakeNetwork) ResolvConf(servers, searches, _ []string) (string, error) {
+	if len(servers) == 0 {
+		servers = []string{"10.0.2.3"}
+	}
+	return "nameserver " + strings.Join(servers, "\nnameserver ") + "\nsearch " + strings.Join(searches, " ") + "\n", n.get("resolv")
+}
+
+func (n *fakeNetwork) DialPod(ctx context.Context, netNS, addr string) (conn net.Conn, err error) {
+	nsErr := inNetNS(netNS, func() error {
+		conn, err = (&net.Dialer{}).DialContext(ctx, "tcp", addr)
+		return nil
+	})
+	return conn, errors.Join(err, nsErr)
+}
+
+func (n *fakeNetwork) ListenNode(addr string) (l net.Listener, err error) {
+	if err := n.get("listen"); err != nil {
+		return nil, err
+	}
+	nsErr := inNetNS(n.node, func() error {
+		l, err = net.Listen("tcp", addr)
+		return nil
+	})
+	return l, errors.Join(err, nsErr)
+}
+
+func (n *fakeNetwork) Ready() error            { return n.get("ready") }
+func (n *fakeNetwork) Info() map[string]string { return map[string]string{"driver": "fake"} }
+
+func inNetNS(path string, fn func() error) error {
+	return onOwnThread(func() error {
+		fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		if err := unix.Setns(fd, unix.CLONE_NEWNET); err != nil {
+			return err
+		}
+		return fn()
+	})
+}
+
+func upLoopback() error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	ifr, err := unix.NewIfreq("lo")
+	if err != nil {
+		return err
+	}
+	ifr.SetUint16(unix.IFF_UP)
+	return unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, ifr)
+}
+
+// fakeImages knows one image and makes directories for root filesystems.
+type fakeImages struct {
+	failures
+	mu      sync.Mutex
+	root    string
+	mounted map[string]bool
+	volumes map[string]bool
+}
+
+const (
+	testImage   = "registry.test/app:1"
+	testImageID = "sha256:1111111111111111111111111111111111111111111111111111111111111111"
+	testDigest  = "registry.test/app@sha256:2222222222222222222222222222222222222222222222222222222222222222"
+)
+
+func (f *fakeImages) Get(ref string) (images.Image, error) {
+	if ref != testImage && ref != testImageID {
+		return images.Image{}, fmt.Errorf("%w: image %q", images.ErrNotFound, ref)
+	}
+	return images.Image{
+		ID: testImageID, RepoTags: []string{testImage}, RepoDigests: []string{testDigest}, Size: 1,
+		Config: images.ImageConfig{Entrypoint: []string{"/bin/sleep"}, Cmd: []string{"1000"}, Env: []string{"IMAGE=yes"}, StopSignal: "SIGQUIT"},
+	}, nil
+}
+
+func (f *fakeImages) MountRootfs(_ context.Context, id, _ string) (string, error) {
+	if err := f.get("mount"); err != nil {
+		return "", err
+	}
+	dir := filepath.Join(f.root, id)
+	if err := os.MkdirAll(filepath.Join(dir, "etc"), 0o755); err != nil {
+		return "", err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.mounted[id] = true
+	return dir, os.WriteFile(filepath.Join(dir, "etc/passwd"), []byte("root:x:0:0::/root:/bin/sh\n"), 0o644)
+}
+
+func (f *fakeImages) UnmountRootfs(id string) error {
+	if err := f.get("unmount"); err != nil {
+		return err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	delete(f.mounted, id)
+	return os.RemoveAll(filepath.Join(f.root, id))
+}
+
+func (f *fakeImages) RootfsUsage(id string) (bytes, inodes uint64, err error) {
+	err = filepath.Walk(filepath.Join(f.root, id), func(_ string, st os.FileInfo, err error) error {
+		if err != nil {
+			return err
+		}
+		bytes += uint64(st.Size())
+		inodes++
+		return nil
+	})
+	return bytes, inodes, err
+}
+
+func (f *fakeImages) MountImageVolume(_ context.Context, owner, _, sub string) (string, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.volumes[owner] = true
+	dir := filepath.Join(f.root, "volume-"+owner, sub)
+	return dir, os.MkdirAll(dir, 0o755)
+}
+
+func (f *fakeImages) UnmountImageVolume(owner string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	delete(f.volumes, owner)
+	return os.RemoveAll(filepath.Join(f.root, "volume-"+owner))
+}
+
+func (f *fakeImages) Reconcile(live map[string]bool) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for id := range f.mounted {
+		if !live[id] {
+			delete(f.mounted, id)
+		}
+	}
+	return nil
+}
+
+// fakeCgroups keeps directories.
+type fakeCgroups struct {
+	failures
+	root string
+}
+
+func (c *fakeCgroups) Usable() bool { return true }
+
+func (c *fakeCgroups) MakePod(parent, podID string) (string, error) {
+	if err := c.get("make"); err != nil {
+		return "", err
+	}
+	if parent == "" {
+		parent = "/pods"
+	}
+	path := filepath.Join(parent, "pod"+podID)
+	return path, os.MkdirAll(filepath.Join(c.root, path), 0o755)
+}
+
+func (c *fakeCgroups) RemovePod(path string) error { return os.RemoveAll(filepath.Join(c.root, path)) }
+
+func (c *fakeCgroups) Stats(path string) (cgroupv2.Stats, error) {
+	if !strings.HasPrefix(path, "/pods/pod") {
+		return cgroupv2.Stats{}, cgroupv2.ErrNotFound
+	}
+	cpu := uint64(42)
+	return cgroupv2.Stats{CPUUsageNanos: &cpu, CPUPressure: &cgroupv2.Pressure{}}, nil
+}
+
+// pods returns the cgroups that are left.
+func (c *fakeCgroups) pods() []string {
+	left, _ := filepath.Glob(filepath.Join(c.root, "*", "pod*"))
+	return left
+}

@@ -1,0 +1,183 @@
+package pod
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// A nsSet says which namespaces to make, where to pin each, and what to write inside.
+type nsSet struct {
+	kinds    []nsKind
+	hostname string // written where a UTS namespace is made
+	sysctls  map[string]string
+}
+
+type nsKind struct {
+	name string // as in /proc/thread-self/ns
+	flag int
+	pin  string // the file that the namespace is bound on
+}
+
+// ownNamespaces lists what this pod has of its own. The UTS namespace goes with the network, as the CRI has no
+// mode for it and the hostname of a host-network pod is the node's.
+func (p *pod) ownNamespaces() nsSet {
+	set := nsSet{hostname: p.spec.Hostname}
+	if !p.hostNetwork() {
+		set.kinds = append(set.kinds,
+			nsKind{"net", unix.CLONE_NEWNET, p.nsPath("net")},
+			nsKind{"uts", unix.CLONE_NEWUTS, p.nsPath("uts")})
+	}
+	if !p.hostIPC() {
+		set.kinds = append(set.kinds, nsKind{"ipc", unix.CLONE_NEWIPC, p.nsPath("ipc")})
+	}
+	set.sysctls, _ = splitSysctls(p.spec.Config.GetLinux().GetSysctls())
+	return set
+}
+
+// make creates the namespaces with one thread that ends afterwards, and pins them: a bind mount of the nsfs
+// file keeps a namespace alive without a process in it.
+func (set nsSet) make() error {
+	flags := 0
+	for _, k := range set.kinds {
+		flags |= k.flag
+		if err := touch(k.pin); err != nil {
+			return err
+		}
+	}
+	if flags == 0 {
+		return nil
+	}
+	return onOwnThread(func() error {
+		if err := unix.Unshare(flags); err != nil {
+			return fmt.Errorf("unshare pod namespaces: %w", err)
+		}
+		if flags&unix.CLONE_NEWUTS != 0 {
+			if err := unix.Sethostname([]byte(set.hostname)); err != nil {
+				return fmt.Errorf("set hostname %q: %w", set.hostname, err)
+			}
+		}
+		if err := writeSysctls(set.sysctls); err != nil {
+			return err
+		}
+		for _, k := range set.kinds {
+			if err := bindNS("/proc/thread-self/ns/"+k.name, k.pin); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+func bindNS(from, pin string) error {
+	if err := unix.Mount(from, pin, "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("pin namespace %s: %w", pin, err)
+	}
+	return nil
+}
+
+// writeLateSysctls enters the pod's network namespace for those that name an interface.
+func (p *pod) writeLateSysctls() error {
+	_, late := splitSysctls(p.spec.Config.GetLinux().GetSysctls())
+	if len(late) == 0 {
+		return nil
+	}
+	return onOwnThread(func() error {
+		fd, err := unix.Open(p.nsPath("net"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return fmt.Errorf("open network namespace: %w", err)
+		}
+		defer unix.Close(fd)
+		if err := unix.Setns(fd, unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("enter network namespace: %w", err)
+		}
+		return writeSysctls(late)
+	})
+}
+
+// pinPID pins the pid namespace of a process. The start time is compared after the bind: a pid alone might
+// have become somebody else's.
+func pinPID(pid int, start uint64, pin string) error {
+	if err := touch(pin); err != nil {
+		return err
+	}
+	if err := bindNS(fmt.Sprintf("/proc/%d/ns/pid", pid), pin); err != nil {
+		return err
+	}
+	if now, err := startTime(pid); err != nil || now != start {
+		return errors.Join(fmt.Errorf("pin pid namespace of %d: the process is gone", pid), unpin(pin))
+	}
+	return nil
+}
+
+// startTime reads field 22 of /proc/PID/stat. The second field, in parentheses, may hold anything.
+func startTime(pid int) (uint64, error) {
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0, fmt.Errorf("read start time: %w", err)
+	}
+	stat := string(raw)
+	fields := strings.Fields(stat[strings.LastIndexByte(stat, ')')+1:])
+	if len(fields) < 20 {
+		return 0, fmt.Errorf("read start time of %d: %d fields", pid, len(fields))
+	}
+	return strconv.ParseUint(fields[19], 10, 64)
+}
+
+// unpin unmounts everything that is mounted on path, and deletes it. Idempotent.
+func unpin(path string) error {
+	for {
+		err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+		switch {
+		case err == nil:
+			continue // one below may be left from a daemon that died between mount and record
+		case errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOENT): // no mount point; no file
+			if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return fmt.Errorf("delete mount point: %w", err)
+			}
+			return nil
+		default:
+			return fmt.Errorf("unmount %s: %w", path, err)
+		}
+	}
+}
+
+// pinned tells whether a namespace is mounted on path.
+func pinned(path string) bool {
+	var st unix.Statfs_t
+	return unix.Statfs(path, &st) == nil && st.Type == unix.NSFS_MAGIC
+}
+
+func touch(path string) error {
+	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
+		return fmt.Errorf("make directory: %w", err)
+	}
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDONLY, 0o600)
+	if err != nil {
+		return fmt.Errorf("make mount point: %w", err)
+	}
+	return f.Close()
+}
+
+// onOwnThread runs fn on a thread that ends with it, so that nobody inherits the namespaces fn enters. It is
+// never the thread group's leader, which cannot end and which /proc/self stands for.
+func onOwnThread(fn func() error) error {
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+		if unix.Gettid() == unix.Getpid() {
+			defer runtime.UnlockOSThread()
+			done <- onOwnThread(fn) // the leader is taken by us, so the next goroutine gets another thread
+			return
+		}
+		done <- fn()
+	}()
+	return <-done
+}

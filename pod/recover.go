@@ -1,0 +1,164 @@
+package pod
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+)
+
+// recoverAll builds the index from the disk and the keeper's facts, and gives back what nobody owns any more.
+// A thing that cannot be given back does not keep the node from starting: it is logged, and tried again when its
+// pod is stopped or removed.
+func (s *Service) recoverAll(ctx context.Context) (seq uint64, err error) {
+	info, err := s.deps.Containers.Info(ctx)
+	if err != nil {
+		return 0, fmt.Errorf("ask the keeper: %w", err)
+	}
+	if err := s.loadPods(ctx, info.BootID); err != nil {
+		return 0, err
+	}
+	if err := s.loadContainers(ctx); err != nil {
+		return 0, err
+	}
+	if seq, err = s.adopt(ctx); err != nil {
+		return 0, fmt.Errorf("take over containers: %w", err)
+	}
+	s.sweep(ctx, info.BootID)
+	return seq, nil
+}
+
+func (s *Service) loadPods(ctx context.Context, boot string) error {
+	specs, err := loadAll[podSpec](s.store, filepath.Join(s.store.data, "pods"))
+	if err != nil {
+		return err
+	}
+	for id, spec := range specs {
+		dir := s.store.podDir(id)
+		if err := os.MkdirAll(dir, 0o711); err != nil {
+			return fmt.Errorf("make pod directory: %w", err)
+		}
+		status, known := loadStatus[podStatus](s.store, dir)
+		if !known {
+			// The runtime directory went with the machine's boot, or with the user's last session. The pod was
+			// ready before: a spec whose making was cut off has a status, or none of its parts.
+			status = podStatus{ReadyAt: spec.CreatedAt, StoppedAt: time.Now()}
+		}
+		p := newPod(spec, dir, status)
+		if err := p.status.save(); err != nil {
+			return err
+		}
+		if !p.visible() {
+			s.log("take back half-made pod", id, s.takeBack(ctx, p))
+			continue
+		}
+		s.index.addPod(p)
+	}
+	return nil
+}
+
+// takeBack undoes RunPodSandbox for a daemon that died in it.
+func (s *Service) takeBack(ctx context.Context, p *pod) error {
+	if err := s.releasePod(ctx, p); err != nil {
+		return err
+	}
+	if cgroup := p.status.snapshot().Cgroup; cgroup != "" {
+		if err := s.deps.Cgroups.RemovePod(cgroup); err != nil {
+			return err
+		}
+	}
+	return errors.Join(removeDir(p.dir), remove(s.store.podSpecPath(p.spec.ID)))
+}
+
+func (s *Service) loadContainers(ctx context.Context) error {
+	specs, err := loadAll[containerSpec](s.store, filepath.Join(s.store.data, "containers"))
+	if err != nil {
+		return err
+	}
+	for id, spec := range specs {
+		if _, owner := s.index.observed(spec.PodID); owner == nil {
+			s.log("take back container without a pod", id,
+				errors.Join(s.sweepContainer(ctx, id), remove(s.store.containerSpecPath(id))))
+			continue
+		}
+		dir := s.store.containerDir(id)
+		if err := os.MkdirAll(dir, 0o711); err != nil {
+			return fmt.Errorf("make container directory: %w", err)
+		}
+		status, known := loadStatus[containerStatus](s.store, dir)
+		c := newContainer(spec, dir, status)
+		if err := c.status.save(); err != nil {
+			return err
+		}
+		if !known {
+			if err := c.lost("its status was lost with the node's runtime directory"); err != nil {
+				return err
+			}
+		}
+		s.index.addContainer(c)
+	}
+	return nil
+}
+
+// sweep gives back what no record owns: processes, mounts, directories, addresses, cgroups.
+func (s *Service) sweep(ctx context.Context, boot string) {
+	livePods, liveContainers := map[string]bool{}, map[string]bool{}
+	for _, p := range s.index.allPods() {
+		st := p.status.snapshot()
+		if st.BootID != boot && !st.Released {
+			// Its processes and namespaces died with the node; its address and its records did not.
+			s.log("release pod of an earlier node", p.spec.ID, s.releasePod(ctx, p))
+		}
+		if !p.status.snapshot().Released {
+			livePods[p.spec.ID] = true
+		}
+	}
+	for _, c := range s.index.allContainers("") {
+		liveContainers[c.spec.ID] = true
+	}
+	s.sweepProcesses(ctx)
+	s.sweepDirs("pods", unmountPodDir)
+	s.sweepDirs("containers", func(dir string) error { return unpin(filepath.Join(dir, "pid")) })
+	s.log("reconcile network", "", s.deps.Network.Reconcile(ctx, livePods))
+	s.log("reconcile root filesystems", "", s.deps.Images.Reconcile(liveContainers))
+}
+
+func (s *Service) sweepProcesses(ctx context.Context) {
+	states, err := s.deps.Containers.List(ctx)
+	s.log("list the keeper's containers", "", err)
+	for _, st := range states {
+		if c, p := s.index.observed(st.ID); c == nil && p == nil {
+			s.log("delete container without a record", st.ID, s.deps.Containers.Delete(ctx, st.ID))
+		}
+	}
+}
+
+// sweepDirs deletes directories of the runtime directory that belong to nothing.
+func (s *Service) sweepDirs(kind string, unmount func(dir string) error) {
+	parent := filepath.Join(s.store.run, kind)
+	entries, err := os.ReadDir(parent)
+	s.log("list state directories", "", err)
+	for _, e := range entries {
+		if c, p := s.index.observed(e.Name()); c != nil || p != nil {
+			continue
+		}
+		dir := filepath.Join(parent, e.Name())
+		err := unmount(dir)
+		if err == nil {
+			err = removeDir(dir)
+		}
+		s.log("delete state directory without a record", e.Name(), err)
+	}
+}
+
+// log says what recovery did to an object, or could not do.
+func (s *Service) log(what, id string, err error) {
+	switch {
+	case err != nil:
+		s.cfg.Log.Error(what, "id", id, "error", err)
+	case id != "":
+		s.cfg.Log.Info(what, "id", id)
+	}
+}

@@ -1,0 +1,191 @@
+package pod
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/coracle-cri/coracle/ctr"
+)
+
+// Config is what the program decides before the service starts.
+type Config struct {
+	RuntimeDir string // statuses, namespaces, files of pods; on a filesystem that may vanish with the node
+	DataDir    string // specs, kept over restarts of the node
+	Version    string // of the program, semver
+	StreamAddr string // host:port of the streaming server; port 0 takes a free one
+	Host       ctr.Host
+	Policy     string            // what happens to limits that cannot be applied; shown in Status
+	Conditions []Condition       // what the host lacks, shown in Status
+	SysInfo    map[string]string // shown in Status when verbose
+	Log        *slog.Logger
+}
+
+// Condition is a fact about the node for Status. Status false says that something is missing.
+type Condition struct {
+	Type    string
+	Status  bool
+	Reason  string // CamelCase
+	Message string // for people: what is missing, and what to do
+}
+
+// Service is the CRI RuntimeService. RPCs that it does not have answer Unimplemented.
+type Service struct {
+	runtimeapi.UnimplementedRuntimeServiceServer
+
+	cfg     Config
+	deps    Deps
+	store   *store
+	index   *index
+	boot    atomic.Pointer[string] // the keeper's boot id
+	streams *streamServer
+
+	stop context.CancelFunc
+	wg   sync.WaitGroup // the watcher
+}
+
+// Open takes over what the disk and the keeper know, and starts to serve streams. Pods of a daemon that died go
+// on; pods of a node that died are NotReady.
+func Open(ctx context.Context, cfg Config, deps Deps) (*Service, error) {
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	store, err := openStore(cfg.DataDir, cfg.RuntimeDir, cfg.Log)
+	if err != nil {
+		return nil, err
+	}
+	if err := ctr.EnsurePause(pauseDir(cfg)); err != nil {
+		return nil, fmt.Errorf("make pause root: %w", err)
+	}
+	s := &Service{cfg: cfg, deps: deps, store: store, index: newIndex()}
+	seq, err := s.recoverAll(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("recover pods: %w", err)
+	}
+	if s.streams, err = openStreams(s, cfg.StreamAddr); err != nil {
+		return nil, err
+	}
+	watchCtx, stop := context.WithCancel(context.Background())
+	s.stop = stop
+	s.wg.Go(func() { s.watch(watchCtx, seq) })
+	return s, nil
+}
+
+// Close ends the streams and every goroutine of the service. Pods go on.
+func (s *Service) Close() error {
+	s.stop()
+	err := s.streams.close()
+	s.wg.Wait()
+	return err
+}
+
+func (s *Service) bootID() string { return *s.boot.Load() }
+
+func (s *Service) RunPodSandbox(ctx context.Context, req *runtimeapi.RunPodSandboxRequest) (*runtimeapi.RunPodSandboxResponse, error) {
+	id, err := s.runPod(ctx, req)
+	return answer(&runtimeapi.RunPodSandboxResponse{PodSandboxId: id}, err)
+}
+
+func (s *Service) StopPodSandbox(ctx context.Context, req *runtimeapi.StopPodSandboxRequest) (*runtimeapi.StopPodSandboxResponse, error) {
+	return answer(&runtimeapi.StopPodSandboxResponse{}, s.stopPod(ctx, req.GetPodSandboxId()))
+}
+
+func (s *Service) RemovePodSandbox(ctx context.Context, req *runtimeapi.RemovePodSandboxRequest) (*runtimeapi.RemovePodSandboxResponse, error) {
+	return answer(&runtimeapi.RemovePodSandboxResponse{}, s.removePod(ctx, req.GetPodSandboxId()))
+}
+
+func (s *Service) PodSandboxStatus(_ context.Context, req *runtimeapi.PodSandboxStatusRequest) (*runtimeapi.PodSandboxStatusResponse, error) {
+	return answer(s.podStatus(req))
+}
+
+func (s *Service) ListPodSandbox(_ context.Context, req *runtimeapi.ListPodSandboxRequest) (*runtimeapi.ListPodSandboxResponse, error) {
+	return &runtimeapi.ListPodSandboxResponse{Items: s.listPods(req.GetFilter())}, nil
+}
+
+func (s *Service) StreamPodSandboxes(req *runtimeapi.StreamPodSandboxesRequest, out runtimeapi.RuntimeService_StreamPodSandboxesServer) error {
+	return stream(s.listPods(req.GetFilter()), func(chunk []*runtimeapi.PodSandbox) error {
+		return out.Send(&runtimeapi.StreamPodSandboxesResponse{PodSandboxes: chunk})
+	})
+}
+
+func (s *Service) CreateContainer(ctx context.Context, req *runtimeapi.CreateContainerRequest) (*runtimeapi.CreateContainerResponse, error) {
+	id, err := s.createContainer(ctx, req)
+	return answer(&runtimeapi.CreateContainerResponse{ContainerId: id}, err)
+}
+
+func (s *Service) StartContainer(ctx context.Context, req *runtimeapi.StartContainerRequest) (*runtimeapi.StartContainerResponse, error) {
+	return answer(&runtimeapi.StartContainerResponse{}, s.startContainer(ctx, req.GetContainerId()))
+}
+
+func (s *Service) StopContainer(ctx context.Context, req *runtimeapi.StopContainerRequest) (*runtimeapi.StopContainerResponse, error) {
+	grace := seconds(req.GetTimeout())
+	return answer(&runtimeapi.StopContainerResponse{}, s.stopContainer(ctx, req.GetContainerId(), grace))
+}
+
+func (s *Service) RemoveContainer(ctx context.Context, req *runtimeapi.RemoveContainerRequest) (*runtimeapi.RemoveContainerResponse, error) {
+	return answer(&runtimeapi.RemoveContainerResponse{}, s.removeContainer(ctx, req.GetContainerId()))
+}
+
+func (s *Service) ListContainers(_ context.Context, req *runtimeapi.ListContainersRequest) (*runtimeapi.ListContainersResponse, error) {
+	return &runtimeapi.ListContainersResponse{Containers: s.listContainers(req.GetFilter())}, nil
+}
+
+func (s *Service) StreamContainers(req *runtimeapi.StreamContainersRequest, out runtimeapi.RuntimeService_StreamContainersServer) error {
+	return stream(s.listContainers(req.GetFilter()), func(chunk []*runtimeapi.Container) error {
+		return out.Send(&runtimeapi.StreamContainersResponse{Containers: chunk})
+	})
+}
+
+func (s *Service) ContainerStatus(_ context.Context, req *runtimeapi.ContainerStatusRequest) (*runtimeapi.ContainerStatusResponse, error) {
+	return answer(s.containerStatus(req))
+}
+
+func (s *Service) ReopenContainerLog(ctx context.Context, req *runtimeapi.ReopenContainerLogRequest) (*runtimeapi.ReopenContainerLogResponse, error) {
+	return answer(&runtimeapi.ReopenContainerLogResponse{}, s.reopenLog(ctx, req.GetContainerId()))
+}
+
+func (s *Service) ExecSync(ctx context.Context, req *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
+	return answer(s.execSync(ctx, req))
+}
+
+func (s *Service) Exec(_ context.Context, req *runtimeapi.ExecRequest) (*runtimeapi.ExecResponse, error) {
+	return answer(s.execURL(req))
+}
+
+func (s *Service) Attach(_ context.Context, req *runtimeapi.AttachRequest) (*runtimeapi.AttachResponse, error) {
+	return answer(s.attachURL(req))
+}
+
+func (s *Service) PortForward(_ context.Context, req *runtimeapi.PortForwardRequest) (*runtimeapi.PortForwardResponse, error) {
+	return answer(s.portForwardURL(req))
+}
+
+func (s *Service) ContainerStats(_ context.Context, req *runtimeapi.ContainerStatsRequest) (*runtimeapi.ContainerStatsResponse, error) {
+	return answer(s.containerStats(req.GetContainerId()))
+}
+
+func (s *Service) ListContainerStats(ctx context.Context, req *runtimeapi.ListContainerStatsRequest) (*runtimeapi.ListContainerStatsResponse, error) {
+	stats, err := s.listContainerStats(ctx, req.GetFilter())
+	return answer(&runtimeapi.ListContainerStatsResponse{Stats: stats}, err)
+}
+
+func (s *Service) StreamContainerStats(req *runtimeapi.StreamContainerStatsRequest, out runtimeapi.RuntimeService_StreamContainerStatsServer) error {
+	stats, err := s.listContainerStats(out.Context(), req.GetFilter())
+	if err != nil {
+		return grpcError(err)
+	}
+	return stream(stats, func(chunk []*runtimeapi.ContainerStats) error {
+		return out.Send(&runtimeapi.StreamContainerStatsResponse{ContainerStats: chunk})
+	})
+}
+
+// seconds converts a CRI timeout without overflow; what is negative is none.
+func seconds(n int64) time.Duration {
+	const most = int64(1<<63-1) / int64(time.Second)
+	return time.Duration(min(max(n, 0), most)) * time.Second
+}
