@@ -13,13 +13,13 @@ LEAN := no_gvisortapvsock no_vpnkit no_lxcusernic
 KEEPER := seccomp runc_nocriu
 
 COVERED  = $(shell $(GO) list ./... | grep -v -x 'github.com/coracle-cri/coracle/e2e')
-CACHE   := $(CURDIR)/.cache
+CACHE   := .cache
 CRICTL  := $(CACHE)/bin/crictl
 LINTER  := $(CACHE)/bin/golangci-lint-2.15.0
 LDFLAGS := -X main.version=$(VERSION)
 
 # Test programs are built and run below .cache, where an AppArmor profile can name them (scripts/setup.sh).
-export GOTMPDIR := $(CACHE)/tmp
+export GOTMPDIR := $(CURDIR)/$(CACHE)/tmp
 export GOFLAGS  := -buildvcs=false
 MAKEFLAGS += --no-print-directory
 
@@ -64,7 +64,7 @@ lint: $(LINTER) ## go vet and golangci-lint, at a pinned version
 	@PATH="$(dir $(GO)):$$PATH" $(LINTER) run --build-tags "$(LEAN) $(KEEPER)" ./...
 
 e2e: build $(CRICTL) ## end-to-end tests, as the calling user (not root); RUN=TestName for some
-	@CORACLE_E2E=$(CURDIR)/bin CORACLE_E2E_CRICTL=$(CRICTL) $(GO) test -v -count=1 -timeout 60m -run '$(RUN)' ./e2e
+	@CORACLE_E2E=$(CURDIR)/bin CORACLE_E2E_CRICTL=$(CURDIR)/$(CRICTL) $(GO) test -v -count=1 -timeout 60m -run '$(RUN)' ./e2e
 
 bench: ## medians of the CRI's calls on a node of its own
 	@scripts/setup.sh --demo
@@ -83,9 +83,9 @@ clean: ## remove what was built and fetched
 $(CRICTL): e2e/tools/go.mod e2e/tools/go.sum
 	@mkdir -p $(dir $@) $(GOTMPDIR)
 	@echo "building crictl" >&2
-	@cd e2e/tools && $(GO) build -trimpath -ldflags "-X sigs.k8s.io/cri-tools/pkg/version.Version=$$($(GO) list -m -f '{{.Version}}' sigs.k8s.io/cri-tools | sed s/^v//)" -o $@ sigs.k8s.io/cri-tools/cmd/crictl
+	@cd e2e/tools && $(GO) build -trimpath -ldflags "-X sigs.k8s.io/cri-tools/pkg/version.Version=$$($(GO) list -m -f '{{.Version}}' sigs.k8s.io/cri-tools | sed s/^v//)" -o $(CURDIR)/$@ sigs.k8s.io/cri-tools/cmd/crictl
 
 $(LINTER):
 	@mkdir -p $(dir $@) $(GOTMPDIR)
-	@GOBIN=$(dir $@) $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
+	@GOBIN=$(CURDIR)/$(dir $@) $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 	@mv $(dir $@)golangci-lint $@

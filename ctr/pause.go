@@ -46,16 +46,8 @@ func EnsurePause(dir string) error {
 	}
 	path := filepath.Join(dir, pauseLayout.program)
 	if have, err := os.ReadFile(path); err != nil || !bytes.Equal(have, program) {
-		if err := os.Chmod(dir, 0o755); err != nil {
-			return fmt.Errorf("make root filesystem of pause: %w", err)
-		}
 		if err := writeProgram(dir, path, program); err != nil {
 			return fmt.Errorf("write pause: %w", err)
-		}
-	}
-	for _, d := range append(slices.Clone(pauseLayout.dirs), ".") {
-		if err := os.Chmod(filepath.Join(dir, d), 0o555); err != nil {
-			return fmt.Errorf("make root filesystem of pause: %w", err)
 		}
 	}
 	return nil
@@ -100,9 +92,13 @@ func PauseSpec(req PauseRequest) (*specs.Spec, error) {
 	if err != nil {
 		return nil, err
 	}
+	root, err := rootOf(req.Rootfs, true, req.Host.FS)
+	if err != nil {
+		return nil, err
+	}
 	spec := &specs.Spec{
 		Version: specs.Version,
-		Root:    &specs.Root{Path: filepath.Clean(req.Rootfs), Readonly: true},
+		Root:    root,
 		Process: &specs.Process{
 			User: u, Args: []string{"/" + pauseLayout.program}, Env: []string{"PATH=/"}, Cwd: "/",
 			Capabilities: &specs.LinuxCapabilities{}, NoNewPrivileges: true,

@@ -65,9 +65,9 @@ func TestEnsurePauseWritesAReadOnlyRootWithNothingElse(t *testing.T) {
 		if err != nil || len(entries) != 3 {
 			t.Errorf("entries %v, %v; want dev, pause and proc", entries, err)
 		}
-		for _, p := range []string{"", "pause", "dev", "proc"} {
-			if info, err := os.Stat(filepath.Join(dir, p)); err != nil || info.Mode().Perm() != 0o555 {
-				t.Errorf("%q: %v, %v; want 0555", p, info.Mode(), err)
+		for p, want := range map[string]os.FileMode{"": 0o755, "pause": 0o555, "dev": 0o755, "proc": 0o755} {
+			if info, err := os.Stat(filepath.Join(dir, p)); err != nil || info.Mode().Perm() != want {
+				t.Errorf("%q: %v, %v; want %v", p, info.Mode(), err, want)
 			}
 		}
 		if left, err := os.ReadDir(filepath.Dir(dir)); err != nil || len(left) != 1 {
@@ -97,7 +97,7 @@ func TestEnsurePauseWritesAReadOnlyRootWithNothingElse(t *testing.T) {
 
 func TestPauseSpec(t *testing.T) {
 	host := request().Host
-	base := PauseRequest{Rootfs: "/run/pause/", Namespaces: Namespaces{Net: "/n", IPC: "/i", UTS: "/u"}, CgroupsPath: "/pods/p/pause", Host: host}
+	base := PauseRequest{Rootfs: testRootfs + "/", Namespaces: Namespaces{Net: "/n", IPC: "/i", UTS: "/u"}, CgroupsPath: "/pods/p/pause", Host: host}
 	spec, err := PauseSpec(base)
 	if err != nil {
 		t.Fatal(err)
@@ -106,7 +106,7 @@ func TestPauseSpec(t *testing.T) {
 	if p.User.UID != 65534 || p.User.GID != 65534 || !p.NoNewPrivileges || len(p.Capabilities.Bounding) != 0 {
 		t.Errorf("process %+v", p)
 	}
-	if spec.Root.Path != "/run/pause" || !spec.Root.Readonly || len(spec.Linux.MaskedPaths) == 0 || spec.Linux.CgroupsPath != "" {
+	if spec.Root.Path != testRootfs || !spec.Root.Readonly || len(spec.Linux.MaskedPaths) == 0 || spec.Linux.CgroupsPath != "" {
 		t.Errorf("root %+v, linux %+v", spec.Root, spec.Linux)
 	}
 	if proc := mountAt(spec, "/proc"); proc == nil || proc.Options[3] != "ro" {

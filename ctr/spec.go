@@ -15,7 +15,7 @@ type SpecRequest struct {
 	Pod         *runtimeapi.PodSandboxConfig
 	Container   *runtimeapi.ContainerConfig
 	Image       ImageConfig
-	Rootfs      string // absolute path of the mounted root filesystem, without symbolic links
+	Rootfs      string // absolute path of the mounted root filesystem
 	Namespaces  Namespaces
 	Files       PodFiles
 	CgroupsPath string            // relative to the root of the node's cgroup2 tree; "" = none
@@ -48,6 +48,7 @@ type PodFiles struct{ ResolvConf, Hosts, Hostname, Shm string }
 func BuildSpec(req SpecRequest) (*specs.Spec, []string, error) {
 	b := newBuilder(req)
 	for _, step := range []func() error{
+		b.rootfs,
 		b.namespaces,
 		b.process,
 		b.user,
@@ -82,11 +83,25 @@ func newBuilder(req SpecRequest) *builder {
 	}
 	b.spec = &specs.Spec{
 		Version: specs.Version,
-		Root:    &specs.Root{Path: filepath.Clean(req.Rootfs), Readonly: b.security.GetReadonlyRootfs()},
 		Process: &specs.Process{},
 		Linux:   &specs.Linux{},
 	}
 	return b
+}
+
+func (b *builder) rootfs() (err error) {
+	b.spec.Root, err = rootOf(b.req.Rootfs, b.security.GetReadonlyRootfs(), b.req.Host.FS)
+	return err
+}
+
+// rootOf names the root filesystem without symbolic links: libcontainer refuses others, and a home directory often
+// lies behind one.
+func rootOf(path string, readonly bool, node NodeFS) (*specs.Root, error) {
+	src, err := node.Lookup(path)
+	if err != nil {
+		return nil, fmt.Errorf("find root filesystem: %w", err)
+	}
+	return &specs.Root{Path: src.Path, Readonly: readonly}, nil
 }
 
 // note adds a sentence on something that the CRI lets a runtime adapt.

@@ -35,7 +35,7 @@ func (f *fakeFS) Lookup(p string) (Source, error) {
 	switch {
 	case file:
 		src.Mode = 0o644
-	case f.dirs[p]:
+	case f.dirs[p] || p == testRootfs:
 		src.Mode = fs.ModeDir | 0o755
 	case f.devs[p]:
 		src.Mode = fs.ModeDevice | fs.ModeCharDevice | 0o666
@@ -66,6 +66,7 @@ func (f *fakeFS) ReadFile(p string) ([]byte, error) {
 }
 
 const (
+	testRootfs = "/data/rootfs/c1/merged"
 	testPasswd = "root:x:0:0:root:/root:/bin/sh\nwww-data:x:33:33::/:/bin/false\napp:x:1000:1001::/home/app:/bin/sh\n" +
 		"far:x:70000:70000::/:/bin/sh\n"
 	testGroup = "root:x:0:\nwww-data:x:33:\ntape:x:26:app\npredefined:x:50000:app,www-data\nstaff:x:2000:\n"
@@ -87,7 +88,7 @@ func request(change ...func(*SpecRequest)) SpecRequest {
 		Pod:       &runtimeapi.PodSandboxConfig{Hostname: "web-0"},
 		Container: &runtimeapi.ContainerConfig{Linux: &runtimeapi.LinuxContainerConfig{SecurityContext: &runtimeapi.LinuxContainerSecurityContext{}}},
 		Image:     ImageConfig{Entrypoint: []string{"/entry"}, Cmd: []string{"serve"}},
-		Rootfs:    "/data/rootfs/c1/merged",
+		Rootfs:    testRootfs,
 		Namespaces: Namespaces{
 			Net: "/run/pods/p1/ns/net", IPC: "/run/pods/p1/ns/ipc", UTS: "/run/pods/p1/ns/uts", PID: "/proc/9/ns/pid",
 		},

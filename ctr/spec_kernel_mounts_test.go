@@ -144,7 +144,7 @@ func remountLocked(dir string) error {
 	}
 	const remount = unix.MS_BIND | unix.MS_REMOUNT | unix.MS_RDONLY
 	if err := unix.Mount("", dir, "", remount, ""); !errors.Is(err, unix.EPERM) {
-		return fmt.Errorf("remount without the locked flags: %v, want EPERM", err)
+		return fmt.Errorf("remount without the locked flags: %s, want EPERM", fmt.Sprint(err))
 	}
 	if err := unix.Mount("", dir, "", remount|kept, ""); err != nil {
 		return fmt.Errorf("remount with %v: %w", names, err)
@@ -185,7 +185,9 @@ func TestSeccompInTheKernel(t *testing.T) {
 	file := realDir(t, "seccomp") + "/p.json"
 	must(t, os.WriteFile(file, []byte(strings.ReplaceAll(testProfile, "sethostname", "mkdir")), 0o644))
 	profile := func(kind runtimeapi.SecurityProfile_ProfileType, ref string) func(*SpecRequest) {
-		return security(func(s *securityContext) { s.Seccomp = &runtimeapi.SecurityProfile{ProfileType: kind, LocalhostRef: ref} })
+		return security(func(s *securityContext) {
+			s.Seccomp = &runtimeapi.SecurityProfile{ProfileType: kind, LocalhostRef: ref}
+		})
 	}
 	const script = status + `field Seccomp; echo "mkdir=$(can mkdir /d)"; echo "unshare=$(can unshare -U true)"`
 	expect(t, runScript(t, script), map[string]string{"Seccomp": "0", "mkdir": "yes", "unshare": "yes"})

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -27,6 +28,8 @@ import (
 // BuildSpec and PauseSpec make, through specconv and libcontainer as the keeper does.
 
 func init() {
+	// libcontainer moves a locked thread into the container's mount namespace; it must not be the main one.
+	runtime.LockOSThread()
 	if len(os.Args) > 1 && os.Args[1] == "init" { // libcontainer executes this binary as a container's init
 		libcontainer.Init()
 	}
@@ -102,7 +105,7 @@ func must(t *testing.T, err error) {
 func podNamespaces(t *testing.T) Namespaces {
 	t.Helper()
 	holder := exec.Command("sleep", "60")
-	holder.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS, Pdeathsig: syscall.SIGKILL}
+	holder.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS}
 	must(t, holder.Start())
 	t.Cleanup(func() {
 		must(t, holder.Process.Kill())

@@ -1,6 +1,8 @@
 package ctr
 
 import (
+	"errors"
+	"io/fs"
 	"slices"
 	"testing"
 
@@ -104,6 +106,18 @@ func TestReadonlyRootfsAndNoNewPrivs(t *testing.T) {
 		if spec.Root.Readonly != on || spec.Process.NoNewPrivileges != on {
 			t.Errorf("asked %v: read-only %v, no_new_privs %v", on, spec.Root.Readonly, spec.Process.NoNewPrivileges)
 		}
+	}
+}
+
+func TestRootfsIsNamedWithoutSymbolicLinks(t *testing.T) {
+	link := func(r *SpecRequest) {
+		r.Rootfs, r.Host.FS = "/home/me/rootfs", &fakeFS{links: map[string]string{"/home/me/rootfs": testRootfs}}
+	}
+	if spec, _ := build(t, link); spec.Root.Path != testRootfs {
+		t.Errorf("rootfs %q, want %q", spec.Root.Path, testRootfs)
+	}
+	if _, _, err := BuildSpec(request(func(r *SpecRequest) { r.Rootfs = "/none" })); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("missing rootfs: %v", err)
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"syscall"
@@ -32,7 +33,7 @@ func (n *node) busy(image string, hostPort int) {
 		if err := cmd.Start(); err != nil {
 			n.t.Fatal(err)
 		}
-		n.t.Cleanup(func() { stdin.Close(); _ = cmd.Process.Kill(); _ = cmd.Wait() })
+		n.clients = append(n.clients, func() { stdin.Close(); _ = cmd.Process.Kill(); _ = cmd.Wait() })
 	}
 	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
 	eventually(n.t, 10*time.Second, "the published port answers", func() error {
@@ -83,9 +84,29 @@ func expectUsableAgain(t *testing.T, h *home, image string) {
 	n.down()
 }
 
+// expectAllSeen holds the list of what is left against a node that is up: a list that does not see what is there
+// proves nothing when it is empty.
+func (n *node) expectAllSeen() {
+	n.t.Helper()
+	n.traces = n.trace()
+	list := strings.Join(append(n.leftInKernel(), n.leftOnDisk()...), "\n")
+	wanted := []string{"coracle up", "slirp4netns", "coracle-keeper", "coracle daemon", "process .* by its environment", "(?m)^process .*httpd", "namespace net:", "namespace pid:", "namespace mnt:",
+		"mount in the namespace .*/pods/.*/ns/net", "mount in the namespace .*/merged", "listening socket tcp6? .*:4718", "listening socket udp6? .*:4718",
+		"unix socket .*coracle.sock", "file .*coracle.sock"}
+	if len(n.before.cgroups) > 0 { // there is a delegated subtree
+		wanted = append(wanted, "cgroup .*/coracle-default")
+	}
+	for _, w := range wanted {
+		if !regexp.MustCompile(w).MatchString(list) {
+			n.t.Errorf("the list of what is there does not show %q:\n%s", w, list)
+		}
+	}
+}
+
 func TestDownLeavesNothing(t *testing.T) {
 	n, image := upWithBusybox(t, "default")
 	n.busy(image, 18200)
+	n.expectAllSeen()
 	n.down("--grace", "1s")
 	expectPortFree(t, 18200)
 	expectUsableAgain(t, n.home, image)
@@ -100,10 +121,7 @@ func TestKilledParentLeavesNothing(t *testing.T) {
 	if len(n.traces.pids) < 10 || len(n.traces.namespaces) < 5 {
 		t.Errorf("only %d processes and %d namespaces were found: the list is not whole", len(n.traces.pids), len(n.traces.namespaces))
 	}
-	if err := n.cmd.Process.Kill(); err != nil {
-		t.Fatal(err)
-	}
-	<-n.ended
+	n.kill()
 	// The kernel's things; a directory in the cgroup tree is a file, in this.
 	eventually(t, 3*time.Second, "what is the kernel's goes by itself", func() error {
 		for _, l := range n.leftInKernel() {
@@ -128,11 +146,7 @@ func TestKilledParentLeavesNothing(t *testing.T) {
 func TestUpAfterKill(t *testing.T) {
 	n, image := upWithBusybox(t, "default")
 	n.busy(image, 18202)
-	n.traces = n.trace()
-	if err := n.cmd.Process.Kill(); err != nil {
-		t.Fatal(err)
-	}
-	<-n.ended
+	n.kill()
 	expectUsableAgain(t, n.home, image)
 	n.expectNothingLeft(time.Second)
 }
@@ -150,6 +164,7 @@ func TestInterrupt(t *testing.T) {
 	case <-time.After(20 * time.Second):
 		t.Fatal("coracle up does not end on SIGINT")
 	}
+	n.hangUp()
 	n.expectNothingLeft(2 * time.Second)
 }
 

@@ -23,6 +23,7 @@ type home struct {
 	dir    string
 	env    []string
 	before world
+	ups    int // nodes started so far
 }
 
 // upTimeout is for a node to say that it is ready. It takes a fraction of a second where nothing else runs.
@@ -126,6 +127,7 @@ type node struct {
 	cmd      *exec.Cmd
 	ended    chan struct{}
 	traces   traces
+	clients  []func() // end what talks to the node beside the test
 }
 
 var readyLine = regexp.MustCompile(`export CONTAINER_RUNTIME_ENDPOINT=(unix://\S+)`)
@@ -134,7 +136,8 @@ var readyLine = regexp.MustCompile(`export CONTAINER_RUNTIME_ENDPOINT=(unix://\S
 // test fails where it has left anything.
 func (h *home) up(name string, args ...string) *node {
 	h.t.Helper()
-	n := &node{home: h, name: name, log: h.path("node-" + name + ".log"), ended: make(chan struct{})}
+	h.ups++
+	n := &node{home: h, name: name, log: h.path(fmt.Sprintf("node-%s-%d.log", name, h.ups)), ended: make(chan struct{})}
 	if name != "default" {
 		n.args = []string{"--name", name}
 	}
@@ -200,7 +203,26 @@ func (n *node) down(args ...string) {
 	case <-time.After(10 * time.Second):
 		n.t.Errorf("coracle up goes on after coracle down has returned")
 	}
+	n.hangUp()
 	n.expectNothingLeft(2 * time.Second)
+}
+
+// kill ends the outermost process without ceremony, while clients are connected.
+func (n *node) kill() {
+	n.t.Helper()
+	n.traces = n.trace()
+	if err := n.cmd.Process.Kill(); err != nil {
+		n.t.Fatal(err)
+	}
+	<-n.ended
+	n.hangUp()
+}
+
+func (n *node) hangUp() {
+	for _, end := range n.clients {
+		end()
+	}
+	n.clients = nil
 }
 
 func (n *node) cleanUp() {

@@ -153,11 +153,7 @@ func TestCutOffPull(t *testing.T) {
 		}
 		return nil
 	})
-	n.traces = n.trace()
-	if err := n.cmd.Process.Kill(); err != nil {
-		t.Fatal(err)
-	}
-	<-n.ended
+	n.kill()
 	if r := n.coracle("down"); r.code != 0 {
 		t.Errorf("coracle down: exit code %d %s", r.code, r.errs)
 	}

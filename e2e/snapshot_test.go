@@ -192,14 +192,15 @@ func processes() []int {
 	return out
 }
 
-// stat gives a process's parent and start time; ok is false for one that is gone.
+// stat gives a process's parent and start time; ok is false for one that is gone. A zombie is gone: it holds nothing,
+// and it is the affair of whoever is to wait for it, which for an orphan is the machine's init.
 func stat(pid int) (parent int, start string, ok bool) {
 	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
 		return 0, "", false
 	}
 	f := bytes.Fields(raw[bytes.LastIndexByte(raw, ')')+1:])
-	if len(f) < 20 {
+	if len(f) < 20 || string(f[0]) == "Z" || string(f[0]) == "X" {
 		return 0, "", false
 	}
 	parent, err = strconv.Atoi(string(f[1]))

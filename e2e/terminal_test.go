@@ -8,6 +8,7 @@ import (
 	"regexp"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -97,19 +98,16 @@ func (term *terminal) await(pattern string) string {
 // exitCode waits for the program's end.
 func (term *terminal) exitCode() int {
 	term.t.Helper()
-	ended := make(chan error, 1)
-	go func() { ended <- term.cmd.Wait() }()
-	select {
-	case err := <-ended:
-		var exit *exec.ExitError
-		if err != nil && !errors.As(err, &exit) {
-			term.t.Fatal(err)
-		}
-		return term.cmd.ProcessState.ExitCode()
-	case <-time.After(15 * time.Second):
-		_ = term.cmd.Process.Kill()
-		<-ended
+	var slow atomic.Bool
+	timer := time.AfterFunc(15*time.Second, func() { slow.Store(true); _ = term.cmd.Process.Kill() })
+	defer timer.Stop()
+	err := term.cmd.Wait()
+	var exit *exec.ExitError
+	switch {
+	case slow.Load():
 		term.t.Fatalf("the program on the terminal does not end; it shows:\n%s", term.text())
-		return -1
+	case err != nil && !errors.As(err, &exit):
+		term.t.Fatal(err)
 	}
+	return term.cmd.ProcessState.ExitCode()
 }

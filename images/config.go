@@ -1,6 +1,7 @@
 package images
 
 import (
+	"encoding/json"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -27,6 +28,8 @@ type Config struct {
 	RefuseUnmappedIDs bool
 	// Log receives what an operator should know. Credentials are never in it. nil is slog.Default().
 	Log *slog.Logger
+
+	waits waits // shorter in tests
 }
 
 // DefaultMaxLayerBytes is larger than the layers of today's model images, and smaller than most disks.
@@ -36,24 +39,32 @@ const DefaultMaxLayerBytes = 64 << 30
 type RegistryConfig struct {
 	// Mirrors are asked in this order before the registry itself: "host[:port][/prefix]", or the same after
 	// http:// or https://. Options and credentials of a mirror stand under its own host.
-	Mirrors []string `toml:"mirrors" yaml:"mirrors" json:"mirrors,omitempty"`
-	// Insecure allows plain http, and https without a certificate that can be verified.
-	Insecure bool `toml:"insecure" yaml:"insecure" json:"insecure,omitempty"`
+	Mirrors []string `json:"mirrors,omitempty"`
+	// Insecure allows plain http, and, without a CAFile, https with a certificate that cannot be verified.
+	// Loopback hosts are reached so without being told.
+	Insecure bool `json:"insecure,omitempty"`
 	// CAFile is a PEM file of certificates trusted beside the system's.
-	CAFile string `toml:"ca_file" yaml:"ca_file" json:"ca_file,omitempty"`
+	CAFile string `json:"caFile,omitempty"`
 	// Username and Password are used where the CRI request brings no credentials for this host.
-	Username string `toml:"username" yaml:"username" json:"username,omitempty"`
-	Password string `toml:"password" yaml:"password" json:"-"`
+	Username string `json:"username,omitempty"`
+	Password string `json:"password,omitempty"`
 }
 
 // LogValue keeps the password out of logs.
 func (c RegistryConfig) LogValue() slog.Value {
 	return slog.GroupValue(slog.Any("mirrors", c.Mirrors), slog.Bool("insecure", c.Insecure),
-		slog.String("ca_file", c.CAFile), slog.Bool("credentials", c.Username != ""))
+		slog.String("caFile", c.CAFile), slog.Bool("credentials", c.Username != ""))
 }
 
 // String keeps the password out of formatted text.
 func (c RegistryConfig) String() string { return c.LogValue().String() }
+
+// MarshalJSON keeps the password out of what is printed; a configuration file is only read.
+func (c RegistryConfig) MarshalJSON() ([]byte, error) {
+	type plain RegistryConfig
+	c.Password = ""
+	return json.Marshal(plain(c))
+}
 
 // registryConfig returns the section for host, under any of the names of Docker Hub.
 func (c *Config) registryConfig(host string) RegistryConfig {
@@ -105,12 +116,14 @@ type ImageConfig struct {
 	Labels                       map[string]string
 }
 
-// The waits of a pull. They are variables of the store so that tests need not wait as long.
+// waits is how long the store waits for what.
 type waits struct {
 	stall      time.Duration // no byte for so long: the connection is given up and resumed
 	backoff    time.Duration // before the first retry; doubles
 	maxBackoff time.Duration
 	retryAfter time.Duration // the longest Retry-After that is waited for
+	settle     time.Duration // after the last layer, before layers are written out
 }
 
-var defaultWaits = waits{stall: time.Minute, backoff: 500 * time.Millisecond, maxBackoff: 15 * time.Second, retryAfter: time.Minute}
+var defaultWaits = waits{stall: time.Minute, backoff: 500 * time.Millisecond, maxBackoff: 15 * time.Second, retryAfter: time.Minute,
+	settle: 2 * time.Second}

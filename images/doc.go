@@ -18,6 +18,8 @@
 //	volumes/ID/          the same without upper and work: an image mounted as a volume
 //	corrupt/             records that could not be read, set aside
 //
+// The root is 0700: layers hold setuid programs, which outside of the user namespace are setuid to the user.
+//
 // Everything is made in tmp and renamed into place when it is whole, so SIGKILL at any point leaves either the
 // whole or something in tmp. See sync.go for what a power cut may leave and how it is found.
 //

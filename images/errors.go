@@ -82,8 +82,6 @@ func isAbsent(err error) bool { return errors.Is(err, ErrNotFound) }
 // undo is a last-in-first-out stack of what gives back the things acquired so far.
 type undo []func() error
 
-func (u *undo) push(f func() error) { *u = append(*u, f) }
-
 // run gives everything back and joins what failed to err; call it once, on the way out with an error.
 func (u undo) run(err error) error {
 	errs := []error{err}

@@ -139,7 +139,7 @@ func (s *Store) lookDown(l *layerRecord, dir string) (found bool, m dirMeta, hid
 		next, err := unix.Openat(fd, part, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 		switch {
 		case errors.Is(err, unix.ENOENT):
-			return false, m, hidden, nil
+			return false, m, hidden || hasMarker(fd, part), nil
 		case errors.Is(err, unix.ENOTDIR), errors.Is(err, unix.ELOOP):
 			return false, m, true, nil
 		case err != nil:
@@ -147,10 +147,7 @@ func (s *Store) lookDown(l *layerRecord, dir string) (found bool, m dirMeta, hid
 		}
 		unix.Close(fd)
 		fd = next
-		var mark [1]byte
-		if n, err := unix.Fgetxattr(fd, opaqueXattr, mark[:]); err == nil && n == 1 && mark[0] == 'y' {
-			hidden = true
-		}
+		hidden = hidden || isOpaque(fd)
 	}
 	m, err = readDirMeta(fd)
 	return err == nil, m, hidden, err

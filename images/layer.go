@@ -22,7 +22,7 @@ func (s *Store) ensureLayer(ctx context.Context, want layerWant, places []openBl
 		if s.index.layer(want.DiffID) != nil {
 			return nil
 		}
-		_, joined, err := s.unpacks.do(ctx, want.DiffID, func(ctx context.Context) (struct{}, error) {
+		_, joined, err := s.fetch.unpacks.do(ctx, want.DiffID, func(ctx context.Context) (struct{}, error) {
 			return struct{}{}, s.addLayer(ctx, want, places)
 		})
 		if err == nil || !joined || ctx.Err() != nil {
@@ -34,8 +34,11 @@ func (s *Store) ensureLayer(ctx context.Context, want layerWant, places []openBl
 // addLayer fetches and unpacks one layer, and puts it in its place.
 func (s *Store) addLayer(ctx context.Context, want layerWant, places []openBlob) error {
 	select {
-	case s.slots <- struct{}{}:
-		defer func() { <-s.slots }()
+	case s.fetch.slots <- struct{}{}:
+		defer func() {
+			<-s.fetch.slots
+			s.wake()
+		}()
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
@@ -46,7 +49,6 @@ func (s *Store) addLayer(ctx context.Context, want layerWant, places []openBlob)
 	for _, open := range places {
 		err := s.addLayerFrom(ctx, want, open)
 		if err == nil {
-			s.wake()
 			return nil
 		}
 		errs = append(errs, err)
@@ -77,9 +79,6 @@ func (s *Store) addLayerFrom(ctx context.Context, want layerWant, open openBlob)
 	if err := writeUnsynced(filepath.Join(dir, "layer.json"), rec); err != nil {
 		return u.run(err)
 	}
-	if err := os.Chmod(dir, 0o711); err != nil {
-		return u.run(fmt.Errorf("add layer: %w", err))
-	}
 	placed := false
 	err = s.index.addLayer(rec, func() error {
 		placed = true
@@ -97,7 +96,7 @@ func (s *Store) addLayerFrom(ctx context.Context, want layerWant, open openBlob)
 // wake tells the background goroutine that there may be work.
 func (s *Store) wake() {
 	select {
-	case s.kick <- struct{}{}:
+	case s.life.kick <- struct{}{}:
 	default:
 	}
 }

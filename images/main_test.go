@@ -9,8 +9,8 @@ import (
 	"encoding/hex"
 	"fmt"
 	"io"
-	"log"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -192,6 +192,11 @@ func imageWith(t testing.TB, config v1.Config, layers ...*testLayer) v1.Image {
 	return img
 }
 
+var discardLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
+
+// send writes a part of an answer; a client that has gone away is what some tests want.
+func send(w io.Writer, body []byte) { _, _ = w.Write(body) }
+
 // hub is a registry on loopback with a hook in front.
 type hub struct {
 	*httptest.Server
@@ -215,7 +220,7 @@ func newTLSHub(t testing.TB) *hub {
 	t.Helper()
 	h := &hub{}
 	h.Server = httptest.NewUnstartedServer(h.handler())
-	h.Config.ErrorLog = log.New(io.Discard, "", 0)
+	h.Config.ErrorLog = discardLog
 	h.StartTLS()
 	t.Cleanup(h.Close)
 	h.host = strings.TrimPrefix(h.URL, "https://")
@@ -223,7 +228,7 @@ func newTLSHub(t testing.TB) *hub {
 }
 
 func (h *hub) handler() http.Handler {
-	inner := registry.New(registry.Logger(log.New(io.Discard, "", 0)))
+	inner := registry.New(registry.Logger(discardLog))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h.mu.Lock()
 		hook := h.hook
@@ -295,7 +300,8 @@ func digestOfImage(t testing.TB, img interface{ Digest() (v1.Hash, error) }) str
 	return d.String()
 }
 
-var fastWaits = waits{stall: 300 * time.Millisecond, backoff: time.Millisecond, maxBackoff: 10 * time.Millisecond, retryAfter: 2 * time.Second}
+var fastWaits = waits{stall: 300 * time.Millisecond, backoff: time.Millisecond, maxBackoff: 10 * time.Millisecond, retryAfter: 2 * time.Second,
+	settle: 10 * time.Millisecond}
 
 // openStore opens a store in a fresh directory, which the test's end checks to hold nothing that it should not.
 func openStore(t testing.TB, cfg Config) *Store {
@@ -306,6 +312,7 @@ func openStore(t testing.TB, cfg Config) *Store {
 	if cfg.DockerConfig == "" {
 		cfg.DockerConfig = "/nonexistent/config.json"
 	}
+	cfg.waits = fastWaits
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
@@ -313,8 +320,10 @@ func openStore(t testing.TB, cfg Config) *Store {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.waits = fastWaits
 	t.Cleanup(func() {
+		if s.life.closed { // by the test, which may have opened the directory again
+			return
+		}
 		for _, kind := range []string{kindRootfs, kindVolume} {
 			for _, key := range s.index.mountKeys(kind) {
 				if err := s.unmountImage(kind, strings.TrimPrefix(key, kind+"/")); err != nil {
@@ -406,4 +415,18 @@ func read(t testing.TB, path string) string {
 func exists(path string) bool {
 	_, err := os.Lstat(path)
 	return err == nil
+}
+
+func mustConfig(t testing.TB, img v1.Image) string {
+	t.Helper()
+	id, err := img.ConfigName()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return id.String()
+}
+
+// redial makes a transport reach one address, whatever name it was asked for.
+func redial(dial func(context.Context, string, string) (net.Conn, error), addr string) func(context.Context, string, string) (net.Conn, error) {
+	return func(ctx context.Context, network, _ string) (net.Conn, error) { return dial(ctx, network, addr) }
 }

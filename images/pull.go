@@ -30,7 +30,7 @@ func (s *Store) Pull(ctx context.Context, name string, auth *Auth) (Image, error
 		return Image{}, fmt.Errorf("pull image %s: %w", ref, err)
 	}
 	defer done()
-	rec, _, err := s.pulls.do(ctx, flightKey(ref, auth), func(ctx context.Context) (*imageRecord, error) {
+	rec, _, err := s.fetch.pulls.do(ctx, flightKey(ref, auth), func(ctx context.Context) (*imageRecord, error) {
 		return s.pull(ctx, ref, auth)
 	})
 	if err != nil {
@@ -187,7 +187,7 @@ func (c *source) resolve(ctx context.Context) (*resolved, error) {
 	}
 	last := errs[len(errs)-1]
 	for _, err := range errs[:len(errs)-1] {
-		last = fmt.Errorf("%w; before that: %s", last, err)
+		last = fmt.Errorf("%w; before that: %s", last, err.Error())
 	}
 	return nil, last
 }

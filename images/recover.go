@@ -223,6 +223,10 @@ func (s *Store) loadMounts(newer *bool) (stale []string, err error) {
 				r = &rootfsRecord{Version: recordVersion}
 			}
 			s.index.mounts[kind+"/"+e.Name()] = r
+			if r.Driver != driverCopy && !isMountPoint(filepath.Join(dir, "merged")) {
+				// The node was restarted, or a crash came between record and mount: Reconcile decides.
+				s.log.Info("root filesystem is not mounted", "path", dir)
+			}
 			if lost := s.missing(r.Layers); len(lost) > 0 {
 				s.log.Warn("root filesystem lost layers", "path", dir, "layers", lost)
 			}

@@ -77,6 +77,7 @@ type remote struct {
 	client *http.Client
 	waits  waits
 	secret scrubber
+	note   string // what was wrong with the user's credentials files
 }
 
 // connect does the registry's handshake: which scheme it answers on, which authentication it wants, and a token
@@ -95,15 +96,15 @@ func (s *Store) connect(ctx context.Context, at endpoint, auth *Auth, retries in
 	if err != nil {
 		return nil, err
 	}
-	r := &remote{at: at, waits: s.waits, secret: newScrubber(creds)}
-	base, err := s.transports.get(at)
+	r := &remote{at: at, waits: s.cfg.waits, secret: newScrubber(creds), note: helperNote}
+	base, err := s.fetch.transports.get(at)
 	if err != nil {
 		return nil, err
 	}
-	inner := &retrier{next: &schemeGuard{next: base, insecure: at.insecure}, waits: s.waits, retries: retries}
+	inner := &retrier{next: &schemeGuard{next: base, insecure: at.insecure}, waits: s.cfg.waits, retries: retries}
 	rt, err := transport.NewWithContext(ctx, repo.Registry, authn.FromConfig(creds), inner, []string{repo.Scope(transport.PullScope)})
 	if err != nil {
-		return nil, r.failed("connect", err, helperNote)
+		return nil, r.failed("connect", err)
 	}
 	r.client = &http.Client{Transport: &cloner{next: rt}, CheckRedirect: checkRedirect}
 	// transport.NewWithContext rewrites the scheme for this host to the one that answered.
@@ -144,16 +145,16 @@ func (r *remote) getOnce(ctx context.Context, kind, id, accept string) (body []b
 	what := "get " + strings.TrimSuffix(kind, "s") + " " + id
 	resp, err := r.client.Do(req)
 	if err != nil {
-		return nil, "", false, r.failed(what, err, "")
+		return nil, "", false, r.failed(what, err)
 	}
 	defer resp.Body.Close()
 	if err := transport.CheckError(resp, http.StatusOK); err != nil {
-		return nil, "", false, r.failed(what, err, "")
+		return nil, "", false, r.failed(what, err)
 	}
 	watched := &stallReader{r: resp.Body, limit: r.waits.stall, cancel: cancel}
 	body, err = io.ReadAll(io.LimitReader(watched, manifestLimit+1))
 	if err != nil {
-		return nil, "", true, r.failed(what, errors.Join(err, context.Cause(ctx)), "")
+		return nil, "", true, r.failed(what, errors.Join(err, context.Cause(ctx)))
 	}
 	if len(body) > manifestLimit {
 		return nil, "", false, fmt.Errorf("%w: %s: %s is larger than %d bytes", ErrRefused, r.at, what, manifestLimit)
@@ -163,12 +164,12 @@ func (r *remote) getOnce(ctx context.Context, kind, id, accept string) (body []b
 
 // failed turns what the HTTP layers say into an error of this package: the class for callers, the place, and a
 // text without credentials, signed URLs or whole server pages.
-func (r *remote) failed(what string, err error, note string) error {
-	if note != "" {
-		note = " (" + note + ")"
+func (r *remote) failed(what string, err error) error {
+	class, text := classify(err), describe(err)
+	if errors.Is(class, ErrDenied) && r.note != "" {
+		text += " (" + r.note + ")"
 	}
-	class := classify(err)
-	text := r.secret.clean(describe(err)) + r.secret.clean(note)
+	text = r.secret.clean(text)
 	if class == nil {
 		return fmt.Errorf("%s: %s: %s", r.at, what, text)
 	}

@@ -166,11 +166,15 @@ func lookUpFile(ctx context.Context, path string, at endpoint) (authn.AuthConfig
 	return askHelper(ctx, f.CredsStore, host)
 }
 
+// keyFits compares a key of auths with a host, or with a host and the beginning of a path. docker login wrote
+// hosts as URLs with the path of an API version.
 func keyFits(key, prefix string) bool {
-	if !strings.Contains(prefix, "/") {
-		return serverHost(key) == prefix
+	if strings.Contains(prefix, "/") {
+		return strings.TrimSuffix(key, "/") == prefix
 	}
-	return strings.TrimSuffix(key, "/") == prefix
+	_, path, _ := strings.Cut(strings.TrimSuffix(key, "/"), "/")
+	plain := path == "" || path == "v1" || path == "v2" || strings.Contains(key, "://")
+	return plain && serverHost(key) == prefix
 }
 
 // askHelper runs docker-credential-NAME get, as docker-credential-helpers defines it.

@@ -57,7 +57,7 @@ func (b *blobReader) open() error {
 	resp, err := b.from.client.Do(req)
 	if err != nil {
 		defer stop(nil)
-		return b.from.failed(what, errors.Join(err, context.Cause(ctx)), "")
+		return b.from.failed(what, errors.Join(err, context.Cause(ctx)))
 	}
 	skip, err := b.checkResponse(resp)
 	if err == nil {
@@ -67,7 +67,7 @@ func (b *blobReader) open() error {
 			return nil
 		}
 	}
-	err = b.from.failed(what, errors.Join(err, context.Cause(ctx)), "")
+	err = b.from.failed(what, errors.Join(err, context.Cause(ctx)))
 	stop(nil)
 	resp.Body.Close()
 	return err
@@ -100,7 +100,7 @@ type watchedBody struct {
 
 func (w *watchedBody) Read(p []byte) (int, error) {
 	n, err := w.stallReader.Read(p)
-	if err != nil && err != io.EOF && context.Cause(w.ctx) != nil {
+	if err != nil && !errors.Is(err, io.EOF) && context.Cause(w.ctx) != nil {
 		err = errors.Join(err, context.Cause(w.ctx))
 	}
 	return n, err
@@ -135,7 +135,7 @@ func (b *blobReader) Read(p []byte) (int, error) {
 		}
 		b.drop()
 		if b.idle >= b.retries {
-			return n, b.from.failed(fmt.Sprintf("get blob %s: cut after %d of %d bytes", b.digest, b.off, b.size), err, "")
+			return n, b.from.failed(fmt.Sprintf("get blob %s: cut after %d of %d bytes", b.digest, b.off, b.size), err)
 		}
 		if n > 0 {
 			return n, nil

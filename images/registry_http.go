@@ -78,13 +78,13 @@ func tlsFor(at endpoint) (*tls.Config, error) {
 	}
 	pem, err := os.ReadFile(at.caFile)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %s: read ca_file: %w", ErrInvalid, at, err)
+		return nil, fmt.Errorf("%w: %s: read caFile: %w", ErrInvalid, at, err)
 	}
 	if c.RootCAs, err = x509.SystemCertPool(); err != nil {
 		c.RootCAs = x509.NewCertPool()
 	}
 	if !c.RootCAs.AppendCertsFromPEM(pem) {
-		return nil, fmt.Errorf("%w: %s: ca_file %s holds no certificate", ErrInvalid, at, at.caFile)
+		return nil, fmt.Errorf("%w: %s: caFile %s holds no certificate", ErrInvalid, at, at.caFile)
 	}
 	return c, nil
 }
@@ -127,7 +127,7 @@ type schemeGuard struct {
 
 func (g *schemeGuard) RoundTrip(req *http.Request) (*http.Response, error) {
 	if req.URL.Scheme == "http" && !g.insecure {
-		return nil, fmt.Errorf("%s: plain http is not allowed: set insecure = true for it in the registries section", req.URL.Host)
+		return nil, fmt.Errorf("%s: plain http is not allowed: set insecure for it in the registries section", req.URL.Host)
 	}
 	return g.next.RoundTrip(req)
 }
@@ -154,7 +154,7 @@ func (r *retrier) RoundTrip(req *http.Request) (*http.Response, error) {
 				return resp, nil
 			}
 			wait = max(wait, after)
-			io.CopyN(io.Discard, resp.Body, 64<<10) // so that the connection can be used again
+			_, _ = io.CopyN(io.Discard, resp.Body, 64<<10) // so that the connection can be used again
 			resp.Body.Close()
 		}
 		if err := sleep(req.Context(), wait); err != nil {

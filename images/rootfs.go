@@ -195,10 +195,6 @@ func (s *Store) makeMountDir(key string, writable bool, img *imageRecord) error 
 	if err := writeUnsynced(filepath.Join(tmp, "rootfs.json"), rec); err != nil {
 		return u.run(err)
 	}
-	// Containers' processes of any uid pass through here.
-	if err := os.Chmod(tmp, 0o711); err != nil {
-		return u.run(fmt.Errorf("make mount directory: %w", err))
-	}
 	err = os.Rename(tmp, s.path(key))
 	if errors.Is(err, fs.ErrExist) || errors.Is(err, unix.ENOTEMPTY) {
 		return u.run(ErrExists)

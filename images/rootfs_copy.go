@@ -73,16 +73,22 @@ func (c *copier) dir(src, dst int, name string) error {
 	if err != nil {
 		return err
 	}
-	for _, base := range entries {
-		if c.ctx.Err() != nil {
-			return context.Cause(c.ctx)
-		}
-		var st unix.Stat_t
-		if err := unix.Fstatat(src, base, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
-			return fmt.Errorf("stat %s: %w", name+"/"+base, err)
-		}
-		if err := c.entry(src, dst, name+"/"+base, &st); err != nil {
-			return fmt.Errorf("copy %s: %w", name+"/"+base, err)
+	// Marker files first: they hide what lower layers have, not what this one has.
+	for _, markers := range []bool{true, false} {
+		for _, base := range entries {
+			if strings.HasPrefix(base, whiteoutPrefix) != markers {
+				continue
+			}
+			if c.ctx.Err() != nil {
+				return context.Cause(c.ctx)
+			}
+			var st unix.Stat_t
+			if err := unix.Fstatat(src, base, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+				return fmt.Errorf("stat %s: %w", name+"/"+base, err)
+			}
+			if err := c.entry(src, dst, name+"/"+base, &st); err != nil {
+				return fmt.Errorf("copy %s: %w", name+"/"+base, err)
+			}
 		}
 	}
 	return nil
@@ -105,6 +111,12 @@ func readNames(fd int) ([]string, error) {
 
 func (c *copier) entry(src, dst int, name string, st *unix.Stat_t) error {
 	base := filepath.Base(name)
+	if hidden, ok := strings.CutPrefix(base, whiteoutPrefix); ok {
+		if base == whiteoutOpaque {
+			return nil // seen by subdir
+		}
+		return os.RemoveAll(procPath(dst, hidden))
+	}
 	if st.Mode&unix.S_IFMT == unix.S_IFDIR {
 		return c.subdir(src, dst, name, st)
 	}
@@ -154,10 +166,7 @@ func (c *copier) subdir(src, dst int, name string, st *unix.Stat_t) error {
 	defer unix.Close(from)
 	var there unix.Stat_t
 	err = unix.Fstatat(dst, base, &there, unix.AT_SYMLINK_NOFOLLOW)
-	var mark [1]byte
-	n, markErr := unix.Fgetxattr(from, opaqueXattr, mark[:])
-	opaque := markErr == nil && n == 1 && mark[0] == 'y'
-	if err == nil && (opaque || there.Mode&unix.S_IFMT != unix.S_IFDIR) {
+	if err == nil && (isOpaque(from) || there.Mode&unix.S_IFMT != unix.S_IFDIR) {
 		if err := os.RemoveAll(procPath(dst, base)); err != nil {
 			return err
 		}

@@ -21,28 +21,35 @@ import (
 // Store keeps images, their layers and the containers' root filesystems under one directory. Its methods may be
 // called from many goroutines; calls for one container id must not overlap.
 type Store struct {
-	cfg   Config
-	log   *slog.Logger
-	lock  *os.File
-	boot  string
-	ids   idMaps
-	waits waits
+	cfg     Config
+	log     *slog.Logger
+	lock    *os.File
+	boot    string
+	ids     idMaps
+	mounter mounter
+	fetch   fetching
+	life    lifetime
 
+	writeMu sync.Mutex // held over every change of image records, on disk and in the index
+	index   *index
+}
+
+// fetching is what the pulls share.
+type fetching struct {
 	slots      chan struct{} // a token for each layer that is being fetched and unpacked
 	transports transports
 	pulls      flightGroup[*imageRecord]
 	unpacks    flightGroup[struct{}]
-	mounter    mounter
+}
 
-	writeMu sync.Mutex // held over every change of image records, on disk and in the index
-	index   *index
-
-	life   context.Context // ends with Close
+// lifetime ends with Close.
+type lifetime struct {
+	ctx    context.Context
 	end    context.CancelFunc
-	work   sync.WaitGroup // the background goroutine and running pulls
-	closed bool           // guarded by endMu
-	endMu  sync.Mutex
-	kick   chan struct{} // asks the background goroutine to look for unsynced layers
+	work   sync.WaitGroup // the background goroutine and running operations
+	kick   chan struct{}  // asks the background goroutine to look for unsynced layers
+	mu     sync.Mutex
+	closed bool // guarded by mu
 }
 
 var storeDirs = []string{"tmp", "layers", "images", "fix", "rootfs", "volumes", "corrupt"}
@@ -61,13 +68,17 @@ func Open(cfg Config) (*Store, error) {
 	if cfg.MaxLayerBytes == 0 {
 		cfg.MaxLayerBytes = DefaultMaxLayerBytes
 	}
+	if cfg.waits == (waits{}) {
+		cfg.waits = defaultWaits
+	}
 	root, err := makeRoot(cfg.Root)
 	if err != nil {
 		return nil, err
 	}
 	cfg.Root = root
-	s := &Store{cfg: cfg, log: cfg.Log.With("component", "images"), waits: defaultWaits, index: newIndex(),
-		slots: make(chan struct{}, max(3, runtime.GOMAXPROCS(0))), kick: make(chan struct{}, 1)}
+	s := &Store{cfg: cfg, log: cfg.Log.With("component", "images"), index: newIndex()}
+	s.fetch.slots = make(chan struct{}, max(3, runtime.GOMAXPROCS(0)))
+	s.life.kick = make(chan struct{}, 1)
 	if s.lock, err = lockFile(s.path("lock")); err != nil {
 		return nil, err
 	}
@@ -83,12 +94,8 @@ func Open(cfg Config) (*Store, error) {
 		return nil, u.run(err)
 	}
 	s.mounter = chooseMounter(s)
-	s.life, s.end = context.WithCancel(context.Background())
-	s.work.Add(1)
-	go func() {
-		defer s.work.Done()
-		s.background(stale)
-	}()
+	s.life.ctx, s.life.end = context.WithCancel(context.Background())
+	s.life.work.Go(func() { s.background(stale) })
 	return s, nil
 }
 
@@ -100,9 +107,14 @@ func makeRoot(root string) (string, error) {
 		return "", fmt.Errorf("open image store: %w", err)
 	}
 	for _, d := range storeDirs {
-		if err := os.MkdirAll(filepath.Join(abs, d), 0o711); err != nil {
+		if err := os.MkdirAll(filepath.Join(abs, d), 0o700); err != nil {
 			return "", fmt.Errorf("open image store: %w", err)
 		}
+	}
+	// The layers hold setuid programs that outside of the user namespace are the user's own: nobody else on the
+	// machine may get at them.
+	if err := os.Chmod(abs, 0o700); err != nil {
+		return "", fmt.Errorf("open image store: %w", err)
 	}
 	resolved, err := filepath.EvalSymlinks(abs)
 	if err != nil {
@@ -133,16 +145,16 @@ func bootID() (string, error) {
 
 // Close ends running pulls, waits for them and for the background work, and gives the lock back. Mounts stay.
 func (s *Store) Close() error {
-	s.endMu.Lock()
-	again := s.closed
-	s.closed = true
-	s.endMu.Unlock()
+	s.life.mu.Lock()
+	again := s.life.closed
+	s.life.closed = true
+	s.life.mu.Unlock()
 	if again {
 		return nil
 	}
-	s.end()
-	s.work.Wait()
-	s.transports.close()
+	s.life.end()
+	s.life.work.Wait()
+	s.fetch.transports.close()
 	if err := s.lock.Close(); err != nil {
 		return fmt.Errorf("close image store: %w", err)
 	}
@@ -151,18 +163,18 @@ func (s *Store) Close() error {
 
 // begin ties an operation to the store's life: Close cancels its context and waits for done.
 func (s *Store) begin(ctx context.Context) (opCtx context.Context, done func(), err error) {
-	s.endMu.Lock()
-	defer s.endMu.Unlock()
-	if s.closed {
+	s.life.mu.Lock()
+	defer s.life.mu.Unlock()
+	if s.life.closed {
 		return nil, nil, ErrClosed
 	}
-	s.work.Add(1)
+	s.life.work.Add(1)
 	opCtx, cancel := context.WithCancelCause(ctx)
-	stop := context.AfterFunc(s.life, func() { cancel(ErrClosed) })
+	stop := context.AfterFunc(s.life.ctx, func() { cancel(ErrClosed) })
 	return opCtx, func() {
 		stop()
 		cancel(nil)
-		s.work.Done()
+		s.life.work.Done()
 	}, nil
 }
 

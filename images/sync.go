@@ -30,7 +30,7 @@ import (
 // background removes what recovery found, then syncs layers until the store is closed.
 func (s *Store) background(stale []string) {
 	for _, path := range stale {
-		if s.life.Err() != nil {
+		if s.life.ctx.Err() != nil {
 			return // the next Open finds them
 		}
 		if err := os.RemoveAll(path); err != nil {
@@ -38,12 +38,17 @@ func (s *Store) background(stale []string) {
 		}
 	}
 	for {
-		if err := s.syncLayers(); err != nil && s.life.Err() == nil {
+		// Not beside a pull: they would only wait for each other.
+		err := sleep(s.life.ctx, s.cfg.waits.settle)
+		if err == nil && len(s.fetch.slots) == 0 {
+			err = s.syncLayers()
+		}
+		if err != nil && s.life.ctx.Err() == nil {
 			s.log.Warn("layers are not on stable storage yet", "error", err)
 		}
 		select {
-		case <-s.kick:
-		case <-s.life.Done():
+		case <-s.life.kick: // by each layer that comes in
+		case <-s.life.ctx.Done():
 			return
 		}
 	}
@@ -55,7 +60,7 @@ func (s *Store) syncLayers() error {
 		return nil
 	}
 	for _, l := range layers {
-		err := writeOut(s.life, filepath.Join(s.layerDir(l.DiffID), "diff"))
+		err := writeOut(s.life.ctx, filepath.Join(s.layerDir(l.DiffID), "diff"))
 		if err != nil && !errors.Is(err, fs.ErrNotExist) { // an image may be removed meanwhile
 			return err
 		}

@@ -191,7 +191,7 @@ func (v *verifier) Read(p []byte) (int, error) {
 	if v.size >= 0 && v.n > v.size {
 		err = fmt.Errorf("%w: blob %s is longer than the %d bytes that its manifest says", ErrDigest, v.want, v.size)
 	}
-	if err != nil && err != io.EOF {
+	if err != nil && !errors.Is(err, io.EOF) {
 		v.failed(err)
 	}
 	return n, err

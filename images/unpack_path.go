@@ -253,5 +253,3 @@ func openDirAt(parent int, base string) (int, error) {
 	}
 	return fd, nil
 }
-
-func isWhiteout(st *unix.Stat_t) bool { return st.Mode&unix.S_IFMT == unix.S_IFCHR && st.Rdev == 0 }

@@ -13,11 +13,6 @@ import (
 )
 
 const (
-	whiteoutPrefix = ".wh."
-	whiteoutOpaque = ".wh..wh..opq"
-	whiteoutMeta   = ".wh..wh." // AUFS's own bookkeeping, in images of long ago
-	opaqueXattr    = "user.overlay.opaque"
-
 	maxPath    = 4096    // PATH_MAX: no container could open a longer name
 	maxEntries = 4 << 20 // bounds inodes, as MaxLayerBytes bounds bytes
 )
@@ -118,9 +113,8 @@ func (u *unpacker) rootEntry(h *tar.Header) error {
 	return u.directory(place{fd: u.tree.root, base: ".", name: ""}, h)
 }
 
-// whiteout hides a name of the lower layers: overlayfs takes a character device 0:0 for one name, and an
-// extended attribute of the directory for all that is in it. It has no effect on what this layer itself has
-// (OCI image specification, "Whiteouts"), in whichever order they come.
+// whiteout hides a name of the lower layers, or all that a directory has there. It has no effect on what this
+// layer itself has (OCI image specification, "Whiteouts"), in whichever order they come.
 func (u *unpacker) whiteout(parent int, dir, base string) error {
 	if base == whiteoutOpaque {
 		if dir == "" {
@@ -136,7 +130,7 @@ func (u *unpacker) whiteout(parent int, dir, base string) error {
 	if hidden == "" || hidden == "." || hidden == ".." {
 		return fmt.Errorf("%w: whiteout of no name", ErrRefused)
 	}
-	err := unix.Mknodat(parent, hidden, unix.S_IFCHR, 0)
+	err := makeWhiteout(parent, hidden)
 	if err == nil {
 		u.inodes++
 		return nil
@@ -157,13 +151,6 @@ func (u *unpacker) whiteout(parent int, dir, base string) error {
 	}
 	defer unix.Close(fd)
 	return setOpaque(fd)
-}
-
-func setOpaque(fd int) error {
-	if err := unix.Fsetxattr(fd, opaqueXattr, []byte("y"), 0); err != nil {
-		return fmt.Errorf("set %s: %w", opaqueXattr, err)
-	}
-	return nil
 }
 
 // place is where an entry goes: base in the directory fd, called name from the layer's root.

@@ -70,7 +70,9 @@ func newLab(t testing.TB) *lab {
 	within(t, l.node, func() error {
 		return netlink.RouteAdd(&netlink.Route{Gw: net.ParseIP(worldIP)})
 	})
-	dir := t.TempDir()
+	dir, err := os.MkdirTemp("", "lab") // t.TempDir holds the test's name, and a socket's path 107 bytes
+	must(t, err)
+	t.Cleanup(func() { must(t, os.Remove(dir)) })
 	must(t, unix.Mount("tmpfs", dir, "tmpfs", 0, "")) // as XDG_RUNTIME_DIR is
 	t.Cleanup(func() { must(t, unix.Unmount(dir, unix.MNT_DETACH)) })
 	l.cfg = Config{NetNS: l.node, APISocket: filepath.Join(dir, "api.sock"), Dir: filepath.Join(dir, "net"), DNS: "10.0.2.3"}
@@ -88,7 +90,13 @@ func (l *lab) startPortDriver(dir string) {
 		childDone <- portChild{log: io.Discard}.RunChildDriver(parent.OpaqueForChild(), quit, l.node)
 	}()
 	go func() { parentDone <- parent.RunParentDriver(up, quit, nil) }()
-	<-up
+	select {
+	case <-up:
+	case err := <-parentDone:
+		t.Fatalf("port driver: %v", err)
+	case err := <-childDone:
+		t.Fatalf("port driver's child: %v", err)
+	}
 	listener, err := net.Listen("unix", l.cfg.APISocket)
 	must(t, err)
 	r := mux.NewRouter()

@@ -10,8 +10,6 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
-
-	"golang.org/x/sys/unix"
 )
 
 // recordVersion changes when an older daemon could not read the record.
@@ -94,7 +92,8 @@ func readJSON(path string, v any) error {
 
 const tempSuffix = ".tmp"
 
-// writeFile replaces path by data, so that a crash leaves either the old content or the new.
+// writeFile replaces path by data, so that a daemon that is killed leaves either the old content or the new. Nothing is
+// fsynced: what is written here tells of interfaces and ports of this life of the node, which ends with the kernel.
 func writeFile(path string, data []byte) (err error) {
 	temp := path + tempSuffix // a record has one writer at a time
 	f, err := os.OpenFile(temp, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
@@ -107,27 +106,11 @@ func writeFile(path string, data []byte) (err error) {
 		}
 	}()
 	_, err = f.Write(data)
-	if err == nil {
-		err = f.Sync()
-	}
 	if err = errors.Join(err, f.Close()); err != nil {
 		return fmt.Errorf("write network state: %w", err)
 	}
 	if err = os.Rename(temp, path); err != nil {
 		return fmt.Errorf("write network state: %w", err)
-	}
-	return syncDir(filepath.Dir(path))
-}
-
-// syncDir makes a rename in dir last over a power cut.
-func syncDir(dir string) error {
-	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("sync directory %s: %w", dir, err)
-	}
-	defer unix.Close(fd)
-	if err := unix.Fsync(fd); err != nil {
-		return fmt.Errorf("sync directory %s: %w", dir, err)
 	}
 	return nil
 }

@@ -27,6 +27,17 @@ type containerSpec struct {
 	NotApplied []string        `json:"notApplied,omitempty"` // sentences: what was asked and is not in force
 }
 
+// imageVolumes returns the mounts that are images, by the id under which each is mounted.
+func (spec *containerSpec) imageVolumes() map[string]*runtimeapi.Mount {
+	volumes := map[string]*runtimeapi.Mount{}
+	for i, m := range spec.Config.GetMounts() {
+		if m.GetImage().GetImage() != "" {
+			volumes[fmt.Sprintf("%s-%d", spec.ID, i)] = m
+		}
+	}
+	return volumes
+}
+
 // containerStatus is what happened. Its stamps only ever go from zero to a time:
 //
 //	         StartedAt             FinishedAt

@@ -88,7 +88,7 @@ func (s *Service) makeContainer(ctx context.Context, p *pod, id string, config *
 	if err := c.status.save(); err != nil {
 		return err
 	}
-	if err := saveRecord(s.store.containerSpecPath(id), spec); err != nil {
+	if err := saveSpec(s.store.containerSpecPath(id), spec); err != nil {
 		return err
 	}
 	s.index.addContainer(c)
@@ -103,7 +103,7 @@ func (s *Service) specRequest(ctx context.Context, p *pod, spec *containerSpec, 
 	if err != nil {
 		return ctr.SpecRequest{}, fmt.Errorf("mount root filesystem: %w", err)
 	}
-	volumes, err := s.mountImageVolumes(ctx, id, spec.Config.GetMounts(), back)
+	volumes, err := s.mountImageVolumes(ctx, spec, back)
 	if err != nil {
 		return ctr.SpecRequest{}, err
 	}
@@ -125,23 +125,18 @@ func (s *Service) specRequest(ctx context.Context, p *pod, spec *containerSpec, 
 	}, nil
 }
 
-func (s *Service) mountImageVolumes(ctx context.Context, id string, mounts []*runtimeapi.Mount, back *undo) (map[string]string, error) {
+// mountImageVolumes returns the directory of each image volume by its container path.
+func (s *Service) mountImageVolumes(ctx context.Context, spec *containerSpec, back *undo) (map[string]string, error) {
 	volumes := map[string]string{}
-	for _, m := range mounts {
-		ref := m.GetImage().GetImage()
-		if ref == "" {
-			continue
-		}
-		if len(volumes) == 0 {
-			back.push("image volumes", func(context.Context) error { return s.deps.Images.UnmountImageVolume(id) })
-		}
-		image, err := s.deps.Images.Get(ref)
+	for owner, m := range spec.imageVolumes() {
+		image, err := s.deps.Images.Get(m.GetImage().GetImage())
 		if err != nil {
-			return nil, fmt.Errorf("resolve image volume %q: %w", ref, err)
+			return nil, fmt.Errorf("resolve image volume %q: %w", m.GetImage().GetImage(), err)
 		}
-		dir, err := s.deps.Images.MountImageVolume(ctx, id, image.ID, m.GetImageSubPath())
+		back.push("image volume", func(context.Context) error { return s.deps.Images.UnmountImageVolume(owner) })
+		dir, err := s.deps.Images.MountImageVolume(ctx, owner, image.ID, m.GetImageSubPath())
 		if err != nil {
-			return nil, fmt.Errorf("mount image volume %q at %s: %w", ref, m.GetContainerPath(), err)
+			return nil, fmt.Errorf("mount image volume %q at %s: %w", m.GetImage().GetImage(), m.GetContainerPath(), err)
 		}
 		volumes[m.GetContainerPath()] = dir
 	}

@@ -93,7 +93,7 @@ func (s *Service) removeContainerLocked(ctx context.Context, c *container) error
 	if err := s.kill(ctx, c); err != nil {
 		return fmt.Errorf("remove container: %w", err)
 	}
-	if err := s.sweepContainer(ctx, id); err != nil {
+	if err := s.sweepContainer(ctx, &c.spec); err != nil {
 		return fmt.Errorf("remove container %s: %w", id, err)
 	}
 	if err := remove(s.store.containerSpecPath(id)); err != nil {
@@ -104,15 +104,18 @@ func (s *Service) removeContainerLocked(ctx context.Context, c *container) error
 }
 
 // sweepContainer gives back everything of a container but its spec.
-func (s *Service) sweepContainer(ctx context.Context, id string) error {
+func (s *Service) sweepContainer(ctx context.Context, spec *containerSpec) error {
+	id := spec.ID
 	if err := s.deps.Containers.Delete(ctx, id); err != nil {
 		return fmt.Errorf("delete process: %w", err)
 	}
 	if err := s.deps.Images.UnmountRootfs(id); err != nil {
 		return fmt.Errorf("unmount root filesystem: %w", err)
 	}
-	if err := s.deps.Images.UnmountImageVolume(id); err != nil {
-		return fmt.Errorf("unmount image volumes: %w", err)
+	for owner := range spec.imageVolumes() {
+		if err := s.deps.Images.UnmountImageVolume(owner); err != nil {
+			return fmt.Errorf("unmount image volume: %w", err)
+		}
 	}
 	dir := s.store.containerDir(id)
 	return errors.Join(unpin(filepath.Join(dir, "pid")), removeDir(dir))

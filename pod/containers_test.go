@@ -292,3 +292,23 @@ func TestSignalNames(t *testing.T) {
 		}
 	}
 }
+
+// TestImageVolumes: two volumes of one image, kept over a restart, and gone with the container.
+func TestImageVolumes(t *testing.T) {
+	h := newHarness(t)
+	pod := h.run(h.podConfig("p"))
+	config := shell("c", "exit 0")
+	for _, sub := range []string{"", "etc"} {
+		config.Mounts = append(config.Mounts, &runtimeapi.Mount{
+			ContainerPath: "/volume" + sub, Image: &runtimeapi.ImageSpec{Image: testImage}, ImageSubPath: sub, Readonly: true,
+		})
+	}
+	id := h.create(pod, config)
+	h.restart(nil)
+	if len(h.images.volumes) != 2 || len(h.images.mounted) != 1 {
+		t.Errorf("volumes %v, root filesystems %v", h.images.volumes, h.images.mounted)
+	}
+	if _, err := h.RemoveContainer(h.ctx(), &runtimeapi.RemoveContainerRequest{ContainerId: id}); err != nil || len(h.images.volumes) != 0 {
+		t.Errorf("%v: left %v", err, h.images.volumes)
+	}
+}

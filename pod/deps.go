@@ -80,7 +80,7 @@ func (k keeperContainers) Exec(ctx context.Context, req ctr.ExecRequest) (Sessio
 
 // Network is the pods' network and the sockets that live in it.
 type Network interface {
-	PodNetwork
+	Attacher
 	NodeSockets
 	// Ready is nil while pods can be attached.
 	Ready() error
@@ -88,8 +88,8 @@ type Network interface {
 	Info() map[string]string
 }
 
-// PodNetwork connects pods.
-type PodNetwork interface {
+// Attacher connects pods.
+type Attacher interface {
 	// Attach gives the namespace an interface, an address and its ports; it undoes itself on an error.
 	Attach(ctx context.Context, req netslirp.AttachRequest) (netslirp.Attachment, error)
 	// Detach takes everything back. Idempotent; netNS need not exist any more.
@@ -113,7 +113,7 @@ type Images interface {
 	// Get finds by tag, digest, id or prefix of an id; images.ErrNotFound.
 	Get(ref string) (images.Image, error)
 	Rootfs
-	// Reconcile drops the mounts of containers that are not in live. Only at start-up.
+	// Reconcile drops the mounts of containers and volumes that are not in live. Only at start-up.
 	Reconcile(live map[string]bool) error
 }
 
@@ -123,6 +123,7 @@ type Rootfs interface {
 	UnmountRootfs(containerID string) error
 	// RootfsUsage reads the whole writable layer: it lasts longer, the more is in it.
 	RootfsUsage(containerID string) (bytes, inodes uint64, err error)
+	// MountImageVolume: ownerID names one volume.
 	MountImageVolume(ctx context.Context, ownerID, imageID, subPath string) (string, error)
 	UnmountImageVolume(ownerID string) error
 }

@@ -52,7 +52,7 @@ func (f *fanout) Write(p []byte) (int, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, w := range f.out {
-		w.Write(p)
+		_, _ = w.Write(p) // who is attached may have gone
 	}
 	return len(p), nil
 }
@@ -198,7 +198,10 @@ func (k *fakeKeeper) Kill(_ context.Context, id string, sig syscall.Signal, all 
 	if all {
 		pid = -pid
 	}
-	return syscall.Kill(pid, sig)
+	if err := syscall.Kill(pid, sig); !errors.Is(err, syscall.ESRCH) {
+		return err
+	}
+	return nil
 }
 
 func (k *fakeKeeper) Delete(_ context.Context, id string) error {
@@ -213,7 +216,7 @@ func (k *fakeKeeper) Delete(_ context.Context, id string) error {
 	started := p.state.Pid != 0
 	k.mu.Unlock()
 	if started {
-		syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL)
+		_ = syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL) // gone is as good
 		<-p.done
 	}
 	k.mu.Lock()
@@ -279,7 +282,7 @@ func (k *fakeKeeper) reboot() {
 	k.mu.Unlock()
 	for _, p := range procs {
 		if p.cmd.Process != nil {
-			syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL)
+			_ = syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL) // gone is as good
 			<-p.done
 		}
 	}
@@ -321,7 +324,7 @@ func (k *fakeKeeper) Attach(ctx context.Context, id string, streams ctr.Streams)
 	}
 	if streams.Stdin != nil && p.stdin != nil {
 		go func() {
-			io.Copy(p.stdin, streams.Stdin)
+			_, _ = io.Copy(p.stdin, streams.Stdin)
 			if p.req.StdinOnce {
 				p.stdin.Close()
 			}
@@ -388,7 +391,7 @@ func (k *fakeKeeper) Exec(ctx context.Context, req ctr.ExecRequest) (Session, er
 	return x, nil
 }
 
-func (x *fakeSession) kill() { syscall.Kill(-x.cmd.Process.Pid, syscall.SIGKILL) }
+func (x *fakeSession) kill() { _ = syscall.Kill(-x.cmd.Process.Pid, syscall.SIGKILL) }
 
 func (x *fakeSession) Console() *os.File { return x.console }
 

@@ -85,7 +85,7 @@ func (n *fakeNetwork) Reconcile(_ context.Context, live map[string]bool) error {
 
 func (n *fakeNetwork) SetPodCIDR(cidr string) error {
 	if _, _, err := net.ParseCIDR(cidr); err != nil {
-		return fmt.Errorf("%w: %v", netslirp.ErrInvalid, err)
+		return fmt.Errorf("%w: %w", netslirp.ErrInvalid, err)
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -214,6 +214,9 @@ func (f *fakeImages) RootfsUsage(id string) (bytes, inodes uint64, err error) {
 func (f *fakeImages) MountImageVolume(_ context.Context, owner, _, sub string) (string, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if f.volumes[owner] {
+		return "", fmt.Errorf("%w: volume %s", images.ErrExists, owner)
+	}
 	f.volumes[owner] = true
 	dir := filepath.Join(f.root, "volume-"+owner, sub)
 	return dir, os.MkdirAll(dir, 0o755)
@@ -229,9 +232,11 @@ func (f *fakeImages) UnmountImageVolume(owner string) error {
 func (f *fakeImages) Reconcile(live map[string]bool) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	for id := range f.mounted {
-		if !live[id] {
-			delete(f.mounted, id)
+	for _, all := range []map[string]bool{f.mounted, f.volumes} {
+		for id := range all {
+			if !live[id] {
+				delete(all, id)
+			}
 		}
 	}
 	return nil

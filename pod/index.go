@@ -26,7 +26,7 @@ func newIndex() *index {
 // newID returns 64 hexadecimal digits.
 func newID() string {
 	raw := make([]byte, 32)
-	rand.Read(raw) //nolint:errcheck // never fails: crypto/rand ends the program instead
+	rand.Read(raw) // never fails: crypto/rand ends the program instead
 	return hex.EncodeToString(raw)
 }
 

@@ -18,6 +18,7 @@ const (
 // keeperPatience bounds the question whether the keeper answers.
 const keeperPatience = 2 * time.Second
 
+// Version names the program and the API.
 func (s *Service) Version(context.Context, *runtimeapi.VersionRequest) (*runtimeapi.VersionResponse, error) {
 	return &runtimeapi.VersionResponse{
 		Version: kubeAPIVersion, RuntimeName: runtimeName,
@@ -77,7 +78,7 @@ func (s *Service) RuntimeConfig(context.Context, *runtimeapi.RuntimeConfigReques
 	}, nil
 }
 
-// UpdateRuntimeConfig: "If the CIDR is empty, runtimes should omit it." Pods that run keep their address.
+// UpdateRuntimeConfig sets the range of later pods. "If the CIDR is empty, runtimes should omit it." Pods that run keep their address.
 func (s *Service) UpdateRuntimeConfig(_ context.Context, req *runtimeapi.UpdateRuntimeConfigRequest) (*runtimeapi.UpdateRuntimeConfigResponse, error) {
 	cidr := req.GetRuntimeConfig().GetNetworkConfig().GetPodCidr()
 	if cidr == "" {

@@ -26,7 +26,7 @@ func (r *record[T]) snapshot() T { return *r.cur.Load() }
 func (r *record[T]) save() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return saveRecord(r.path, *r.cur.Load())
+	return saveStatus(r.path, *r.cur.Load())
 }
 
 // transition is the only way to a new status: it is on disk before it is seen. Where the disk refuses, the old
@@ -39,7 +39,7 @@ func (r *record[T]) transition(change func(*T)) error {
 	if reflect.DeepEqual(next, *r.cur.Load()) {
 		return nil // a fact that came twice
 	}
-	if err := saveRecord(r.path, next); err != nil {
+	if err := saveStatus(r.path, next); err != nil {
 		return err
 	}
 	r.cur.Store(&next)

@@ -17,7 +17,7 @@ func (s *Service) recoverAll(ctx context.Context) (seq uint64, err error) {
 	if err != nil {
 		return 0, fmt.Errorf("ask the keeper: %w", err)
 	}
-	if err := s.loadPods(ctx, info.BootID); err != nil {
+	if err := s.loadPods(ctx); err != nil {
 		return 0, err
 	}
 	if err := s.loadContainers(ctx); err != nil {
@@ -30,7 +30,7 @@ func (s *Service) recoverAll(ctx context.Context) (seq uint64, err error) {
 	return seq, nil
 }
 
-func (s *Service) loadPods(ctx context.Context, boot string) error {
+func (s *Service) loadPods(ctx context.Context) error {
 	specs, err := loadAll[podSpec](s.store, filepath.Join(s.store.data, "pods"))
 	if err != nil {
 		return err
@@ -80,7 +80,7 @@ func (s *Service) loadContainers(ctx context.Context) error {
 	for id, spec := range specs {
 		if _, owner := s.index.observed(spec.PodID); owner == nil {
 			s.log("take back container without a pod", id,
-				errors.Join(s.sweepContainer(ctx, id), remove(s.store.containerSpecPath(id))))
+				errors.Join(s.sweepContainer(ctx, &spec), remove(s.store.containerSpecPath(id))))
 			continue
 		}
 		dir := s.store.containerDir(id)
@@ -104,7 +104,7 @@ func (s *Service) loadContainers(ctx context.Context) error {
 
 // sweep gives back what no record owns: processes, mounts, directories, addresses, cgroups.
 func (s *Service) sweep(ctx context.Context, boot string) {
-	livePods, liveContainers := map[string]bool{}, map[string]bool{}
+	livePods, liveMounts := map[string]bool{}, map[string]bool{}
 	for _, p := range s.index.allPods() {
 		st := p.status.snapshot()
 		if st.BootID != boot && !st.Released {
@@ -116,13 +116,16 @@ func (s *Service) sweep(ctx context.Context, boot string) {
 		}
 	}
 	for _, c := range s.index.allContainers("") {
-		liveContainers[c.spec.ID] = true
+		liveMounts[c.spec.ID] = true
+		for owner := range c.spec.imageVolumes() {
+			liveMounts[owner] = true
+		}
 	}
 	s.sweepProcesses(ctx)
 	s.sweepDirs("pods", unmountPodDir)
 	s.sweepDirs("containers", func(dir string) error { return unpin(filepath.Join(dir, "pid")) })
 	s.log("reconcile network", "", s.deps.Network.Reconcile(ctx, livePods))
-	s.log("reconcile root filesystems", "", s.deps.Images.Reconcile(liveContainers))
+	s.log("reconcile root filesystems", "", s.deps.Images.Reconcile(liveMounts))
 }
 
 func (s *Service) sweepProcesses(ctx context.Context) {

@@ -147,7 +147,7 @@ func TestHalfMade(t *testing.T) {
 	h.restart(func() {
 		must(os.Mkdir(half.dir, 0o711))
 		must(half.status.save())
-		must(saveRecord(h.store.podSpecPath(spec.ID), spec))
+		must(saveSpec(h.store.podSpecPath(spec.ID), spec))
 		cgroup, err := h.cgroups.MakePod("/kubelet", spec.ID)
 		must(err)
 		must(half.status.transition(func(st *podStatus) { st.Cgroup = cgroup }))
@@ -167,7 +167,7 @@ func TestHalfMade(t *testing.T) {
 		must(err)
 		orphan := c.spec
 		orphan.ID, orphan.PodID = "orphan", "nobody"
-		must(saveRecord(h.store.containerSpecPath("orphan"), orphan))
+		must(saveSpec(h.store.containerSpecPath("orphan"), orphan))
 		must(os.Mkdir(h.store.containerDir("no-spec"), 0o700))
 		must(os.WriteFile(h.store.podSpecPath("torn")+".tmp", []byte("{"), 0o600))
 	})
@@ -195,8 +195,11 @@ func TestUnreadableRecord(t *testing.T) {
 	pod := h.run(h.podConfig("p"))
 	bad, future := h.store.podSpecPath("bad"), h.store.containerSpecPath("future")
 	h.restart(func() {
-		os.WriteFile(bad, []byte(`{"version":1,"rec`), 0o600)
-		os.WriteFile(future, []byte(`{"version":99,"record":{}}`), 0o600)
+		for path, text := range map[string]string{bad: `{"version":1,"rec`, future: `{"version":99,"record":{}}`} {
+			if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
 	})
 	for _, path := range []string{bad, future} {
 		if _, err := os.Stat(path); err == nil {

@@ -61,7 +61,7 @@ func (s *Service) makePod(ctx context.Context, p *pod, back *undo) error {
 	if err := p.status.save(); err != nil {
 		return err
 	}
-	if err := saveRecord(s.store.podSpecPath(id), p.spec); err != nil {
+	if err := saveSpec(s.store.podSpecPath(id), p.spec); err != nil {
 		return err
 	}
 	s.index.addPod(p)

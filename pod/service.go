@@ -86,94 +86,115 @@ func (s *Service) Close() error {
 
 func (s *Service) bootID() string { return *s.boot.Load() }
 
+// RunPodSandbox makes a pod that is ready, or leaves nothing.
 func (s *Service) RunPodSandbox(ctx context.Context, req *runtimeapi.RunPodSandboxRequest) (*runtimeapi.RunPodSandboxResponse, error) {
 	id, err := s.runPod(ctx, req)
 	return answer(&runtimeapi.RunPodSandboxResponse{PodSandboxId: id}, err)
 }
 
+// StopPodSandbox kills what runs in a pod and gives its address and ports back. Idempotent; an unknown id is no error.
 func (s *Service) StopPodSandbox(ctx context.Context, req *runtimeapi.StopPodSandboxRequest) (*runtimeapi.StopPodSandboxResponse, error) {
 	return answer(&runtimeapi.StopPodSandboxResponse{}, s.stopPod(ctx, req.GetPodSandboxId()))
 }
 
+// RemovePodSandbox stops a pod and removes it with its containers. Idempotent; an unknown id is no error.
 func (s *Service) RemovePodSandbox(ctx context.Context, req *runtimeapi.RemovePodSandboxRequest) (*runtimeapi.RemovePodSandboxResponse, error) {
 	return answer(&runtimeapi.RemovePodSandboxResponse{}, s.removePod(ctx, req.GetPodSandboxId()))
 }
 
+// PodSandboxStatus tells of one pod; verbose adds its pid, namespaces and configuration.
 func (s *Service) PodSandboxStatus(_ context.Context, req *runtimeapi.PodSandboxStatusRequest) (*runtimeapi.PodSandboxStatusResponse, error) {
 	return answer(s.podStatus(req))
 }
 
+// ListPodSandbox lists the pods that pass the filter.
 func (s *Service) ListPodSandbox(_ context.Context, req *runtimeapi.ListPodSandboxRequest) (*runtimeapi.ListPodSandboxResponse, error) {
 	return &runtimeapi.ListPodSandboxResponse{Items: s.listPods(req.GetFilter())}, nil
 }
 
+// StreamPodSandboxes is ListPodSandbox in several messages.
 func (s *Service) StreamPodSandboxes(req *runtimeapi.StreamPodSandboxesRequest, out runtimeapi.RuntimeService_StreamPodSandboxesServer) error {
 	return stream(s.listPods(req.GetFilter()), func(chunk []*runtimeapi.PodSandbox) error {
 		return out.Send(&runtimeapi.StreamPodSandboxesResponse{PodSandboxes: chunk})
 	})
 }
 
+// CreateContainer records a container in a pod that is ready. No process runs yet.
 func (s *Service) CreateContainer(ctx context.Context, req *runtimeapi.CreateContainerRequest) (*runtimeapi.CreateContainerResponse, error) {
 	id, err := s.createContainer(ctx, req)
 	return answer(&runtimeapi.CreateContainerResponse{ContainerId: id}, err)
 }
 
+// StartContainer runs the program of a created container.
 func (s *Service) StartContainer(ctx context.Context, req *runtimeapi.StartContainerRequest) (*runtimeapi.StartContainerResponse, error) {
 	return answer(&runtimeapi.StartContainerResponse{}, s.startContainer(ctx, req.GetContainerId()))
 }
 
+// StopContainer sends the container's stop signal, and SIGKILL after the timeout. Idempotent.
 func (s *Service) StopContainer(ctx context.Context, req *runtimeapi.StopContainerRequest) (*runtimeapi.StopContainerResponse, error) {
 	grace := seconds(req.GetTimeout())
 	return answer(&runtimeapi.StopContainerResponse{}, s.stopContainer(ctx, req.GetContainerId(), grace))
 }
 
+// RemoveContainer removes a container, by force where it runs. Idempotent; an unknown id is no error.
 func (s *Service) RemoveContainer(ctx context.Context, req *runtimeapi.RemoveContainerRequest) (*runtimeapi.RemoveContainerResponse, error) {
 	return answer(&runtimeapi.RemoveContainerResponse{}, s.removeContainer(ctx, req.GetContainerId()))
 }
 
+// ListContainers lists the containers that pass the filter.
 func (s *Service) ListContainers(_ context.Context, req *runtimeapi.ListContainersRequest) (*runtimeapi.ListContainersResponse, error) {
 	return &runtimeapi.ListContainersResponse{Containers: s.listContainers(req.GetFilter())}, nil
 }
 
+// StreamContainers is ListContainers in several messages.
 func (s *Service) StreamContainers(req *runtimeapi.StreamContainersRequest, out runtimeapi.RuntimeService_StreamContainersServer) error {
 	return stream(s.listContainers(req.GetFilter()), func(chunk []*runtimeapi.Container) error {
 		return out.Send(&runtimeapi.StreamContainersResponse{Containers: chunk})
 	})
 }
 
+// ContainerStatus tells of one container; verbose adds its pid and OCI spec.
 func (s *Service) ContainerStatus(_ context.Context, req *runtimeapi.ContainerStatusRequest) (*runtimeapi.ContainerStatusResponse, error) {
 	return answer(s.containerStatus(req))
 }
 
+// ReopenContainerLog makes a running container log to a new file, after the old one was renamed.
 func (s *Service) ReopenContainerLog(ctx context.Context, req *runtimeapi.ReopenContainerLogRequest) (*runtimeapi.ReopenContainerLogResponse, error) {
 	return answer(&runtimeapi.ReopenContainerLogResponse{}, s.reopenLog(ctx, req.GetContainerId()))
 }
 
+// ExecSync runs a command in a container and returns its output, the first 16 MiB of each stream.
 func (s *Service) ExecSync(ctx context.Context, req *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
 	return answer(s.execSync(ctx, req))
 }
 
+// Exec returns a URL, good for one use, at which a command is run with streams.
 func (s *Service) Exec(_ context.Context, req *runtimeapi.ExecRequest) (*runtimeapi.ExecResponse, error) {
 	return answer(s.execURL(req))
 }
 
+// Attach returns a URL, good for one use, at which a container's own streams are joined.
 func (s *Service) Attach(_ context.Context, req *runtimeapi.AttachRequest) (*runtimeapi.AttachResponse, error) {
 	return answer(s.attachURL(req))
 }
 
+// PortForward returns a URL, good for one use, at which ports on a pod's loopback are reached.
 func (s *Service) PortForward(_ context.Context, req *runtimeapi.PortForwardRequest) (*runtimeapi.PortForwardResponse, error) {
 	return answer(s.portForwardURL(req))
 }
 
+// ContainerStats tells what a container uses; what the node does not count is left out.
 func (s *Service) ContainerStats(_ context.Context, req *runtimeapi.ContainerStatsRequest) (*runtimeapi.ContainerStatsResponse, error) {
 	return answer(s.containerStats(req.GetContainerId()))
 }
 
+// ListContainerStats tells what each running container uses.
 func (s *Service) ListContainerStats(ctx context.Context, req *runtimeapi.ListContainerStatsRequest) (*runtimeapi.ListContainerStatsResponse, error) {
 	stats, err := s.listContainerStats(ctx, req.GetFilter())
 	return answer(&runtimeapi.ListContainerStatsResponse{Stats: stats}, err)
 }
 
+// StreamContainerStats is ListContainerStats in several messages.
 func (s *Service) StreamContainerStats(req *runtimeapi.StreamContainerStatsRequest, out runtimeapi.RuntimeService_StreamContainerStatsServer) error {
 	stats, err := s.listContainerStats(out.Context(), req.GetFilter())
 	if err != nil {

@@ -12,6 +12,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/coracle-cri/coracle/cgroupv2"
+	"github.com/coracle-cri/coracle/images"
 )
 
 // usageTTL is the age up to which the size of a writable layer is told again: to find it, the layer is read
@@ -84,7 +85,7 @@ func (s *Service) gather(c *container) (*runtimeapi.ContainerStats, error) {
 		Labels: c.spec.Config.GetLabels(), Annotations: c.spec.Config.GetAnnotations(),
 	}}
 	layer, err := s.writableLayer(c)
-	if err != nil {
+	if err != nil && !errors.Is(err, images.ErrNotFound) { // the store may have lost it with the node
 		return nil, err
 	}
 	out.WritableLayer = layer

@@ -51,14 +51,20 @@ type envelope[T any] struct {
 	Record  T   `json:"record"`
 }
 
-// saveRecord replaces the file at path: temp, fsync, rename.
-func saveRecord[T any](path string, record T) error {
+// saveSpec replaces the file at path: temp, fsync, rename. A spec outlives the machine's crash, whole or not at all.
+func saveSpec[T any](path string, record T) error { return replace(path, record, true) }
+
+// saveStatus replaces the file at path: temp, rename. It is not fsynced: a status tells of this life of the node, the
+// page cache outlives a daemon that is killed, and when the kernel dies the node has died with it.
+func saveStatus[T any](path string, record T) error { return replace(path, record, false) }
+
+func replace[T any](path string, record T, synced bool) error {
 	raw, err := json.Marshal(envelope[T]{recordVersion, record})
 	if err != nil {
 		return fmt.Errorf("encode %s: %w", path, err)
 	}
 	tmp := path + ".tmp"
-	if err := writeSynced(tmp, raw); err != nil {
+	if err := write(tmp, raw, synced); err != nil {
 		return errors.Join(err, os.Remove(tmp))
 	}
 	if err := os.Rename(tmp, path); err != nil {
@@ -67,13 +73,13 @@ func saveRecord[T any](path string, record T) error {
 	return nil
 }
 
-func writeSynced(path string, raw []byte) error {
+func write(path string, raw []byte, synced bool) error {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
 	if err != nil {
 		return fmt.Errorf("write record: %w", err)
 	}
 	_, err = f.Write(raw)
-	if err == nil {
+	if err == nil && synced {
 		err = f.Sync()
 	}
 	if err := errors.Join(err, f.Close()); err != nil {

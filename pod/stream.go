@@ -75,6 +75,8 @@ func (e exitError) Exited() bool    { return true }
 func (e exitError) ExitStatus() int { return int(e) }
 
 // Exec runs a command with the client's streams. A client that goes takes the command with it.
+//
+//nolint:revive // the parameters are cri-streaming's
 func (r *streamRuntime) Exec(ctx context.Context, id string, cmd []string, in io.Reader, out, errOut io.WriteCloser,
 	tty bool, resize <-chan remotecommand.TerminalSize) error {
 	ctx, end, err := r.server.session(ctx)
@@ -101,7 +103,7 @@ func (r *streamRuntime) Exec(ctx context.Context, id string, cmd []string, in io
 	if err != nil {
 		return fmt.Errorf("exec in container %s: %w", id, err)
 	}
-	defer session.Close() //nolint:errcheck // kills what an early return leaves; otherwise closed below
+	defer session.Close() // kills what an early return leaves; otherwise closed below
 	if tty {
 		if err := stdio.terminal(session.Console()); err != nil {
 			return err
@@ -124,6 +126,8 @@ func (r *streamRuntime) Exec(ctx context.Context, id string, cmd []string, in io
 }
 
 // Attach joins the streams of the container's first process until it ends or the client goes.
+//
+//nolint:revive // the parameters are cri-streaming's
 func (r *streamRuntime) Attach(ctx context.Context, id string, in io.Reader, out, errOut io.WriteCloser,
 	_ bool, resize <-chan remotecommand.TerminalSize) error {
 	ctx, end, err := r.server.session(ctx)

@@ -297,7 +297,12 @@ func (h *harness) forward(pod, port, text string) string {
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- forwarder.ForwardPorts() }()
-	defer func() { close(stop); <-ended }()
+	defer func() {
+		close(stop)
+		if err := <-ended; err != nil {
+			h.t.Log("forwarder ended:", err)
+		}
+	}()
 	<-ready
 	ports, err := forwarder.GetPorts()
 	if err != nil {
@@ -308,7 +313,9 @@ func (h *harness) forward(pod, port, text string) string {
 		h.t.Fatal(err)
 	}
 	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(5 * time.Second))
+	if err := conn.SetDeadline(time.Now().Add(5 * time.Second)); err != nil {
+		h.t.Fatal(err)
+	}
 	fmt.Fprint(conn, text)
 	raw, _ := io.ReadAll(conn)
 	return string(raw)
@@ -325,7 +332,8 @@ func TestCloseEndsStreams(t *testing.T) {
 	eventually(t, func() bool { return strings.Contains(out.String(), "ready") })
 	h.restart(nil)
 	select {
-	case <-result:
+	case err := <-result:
+		t.Log("client ended:", err)
 	case <-time.After(5 * time.Second):
 		t.Error("the client still waits")
 	}

@@ -27,7 +27,7 @@ func (p *Problem) Error() string { return p.Cause + "; to mend it, run: " + p.Fi
 // Preflight returns every Problem that can be told before a namespace is made. It reads files only.
 func Preflight() []*Problem {
 	var found []*Problem
-	for _, check := range []func() *Problem{checkUser, checkUserNamespaces, checkIDMapTools, checkSubIDs, checkPrograms} {
+	for _, check := range []func() *Problem{checkUser, checkUserNamespaces, checkIDMapTools, checkSubIDs} {
 		if p := check(); p != nil {
 			found = append(found, p)
 		}
@@ -170,17 +170,6 @@ func eachSubID(file string, fn func(owner string, first, count int)) {
 			fn(fields[0], first, count)
 		}
 	}
-}
-
-// checkPrograms: RootlessKit calls ip(8), coracle enter calls nsenter(1).
-func checkPrograms() *Problem {
-	if _, err := exec.LookPath("ip"); err != nil {
-		return &Problem{Check: "programs", Cause: "ip, which sets up the node's network, is not installed", Fix: installHint("iproute2", "iproute")}
-	}
-	if _, err := exec.LookPath("nsenter"); err != nil {
-		return &Problem{Check: "programs", Cause: "nsenter, which joins the node's namespaces, is not installed", Fix: installHint("util-linux", "util-linux")}
-	}
-	return nil
 }
 
 // installHint names the package under the package manager that is there.

@@ -9,7 +9,7 @@ set -euo pipefail
 tar=$IMAGES_DIR/rootfs-$VERSION_CODENAME-$(dpkg --print-architecture)-1.tar.zst
 [ ! -s "$tar" ] || exit 0
 
-# The mirror is the one that apt uses here.
+# The mirror is the one that apt uses here; where apt does not tell, debootstrap knows the distribution's own.
 mirror=$(apt-get indextargets --format '$(CREATED_BY) $(REPO_URI) $(CODENAME) $(COMPONENT)' |
 	awk -v suite="$VERSION_CODENAME" '$1 == "Packages" && $3 == suite && $4 == "main" { print $2; exit }')
 case $ID in
@@ -22,7 +22,7 @@ work=$(as_root mktemp -d "$IMAGES_DIR/build.XXXXXX")
 trap 'as_root rm -rf --one-file-system "$work"' EXIT
 as_root debootstrap --variant=minbase --components="$components" \
 	--include=nginx-light,python3,python3-django,perl,tzdata,ca-certificates \
-	"$VERSION_CODENAME" "$work/root" "${mirror:-http://deb.debian.org/debian}" >"/tmp/debootstrap.$$.log" 2>&1 || {
+	"$VERSION_CODENAME" "$work/root" ${mirror:+"$mirror"} >"/tmp/debootstrap.$$.log" 2>&1 || {
 	tail -n 20 "/tmp/debootstrap.$$.log" >&2
 	die "debootstrap failed; its log is /tmp/debootstrap.$$.log"
 }

@@ -15,7 +15,14 @@ step() { printf '\n%s%s%s\n' "$bold" "$*" "$plain"; }
 
 # show prints a command as a user would type it, and runs it.
 show() {
-	printf '  $ %s\n' "$*"
+	local word line=
+	for word; do
+		case $word in
+		*[\ \$]*) line+=" '$word'" ;;
+		*) line+=" $word" ;;
+		esac
+	done
+	printf '  $%s\n' "$line"
 	"$@" 2>&1 | sed 's/^/  /'
 }
 
@@ -25,7 +32,8 @@ clean_up() {
 	[ -z "${forward:-}" ] || kill "$forward" 2>/dev/null || true
 	[ ! -e "$work/up" ] || coracle down --grace 0s >/dev/null || code=1
 	[ -z "${registry:-}" ] || kill "$registry" 2>/dev/null || true
-	# The store holds files of subordinate ids.
+	# The store holds read-only directories, and may hold files of subordinate ids.
+	chmod -R u+w "$work" 2>/dev/null || true
 	rm -rf "$work" 2>/dev/null || loopback -remove "$work" || code=1
 	exit "$code"
 }
@@ -83,12 +91,14 @@ cat >"$work/pod.json" <<END
 {"metadata": {"name": "hello", "namespace": "demo", "uid": "1"}, "hostname": "hello", "log_directory": "$work/logs", "linux": {}}
 END
 cat >"$work/container.json" <<END
-{"metadata": {"name": "web"}, "image": {"image": "$image"}, "log_path": "web.log", "linux": {}}
+{"metadata": {"name": "web"}, "labels": {"io.kubernetes.pod.name": "hello", "io.kubernetes.pod.namespace": "demo"}, "image": {"image": "$image"}, "log_path": "web.log", "linux": {}}
 END
-pod=$(crictl runp "$work/pod.json")
-container=$(crictl create "$pod" "$work/container.json" "$work/pod.json")
+printf '  $ crictl runp pod.json; crictl create POD container.json pod.json; crictl start CONTAINER\n'
+# crictl warns that the configuration names no parent cgroup: a kubelet would, here the node chooses.
+pod=$(crictl runp "$work/pod.json" 2>"$work/errors") || die "$(cat "$work/errors")"
+container=$(crictl create "$pod" "$work/container.json" "$work/pod.json" 2>"$work/errors") || die "$(cat "$work/errors")"
 crictl start "$container" >/dev/null
-printf '  $ crictl runp pod.json; crictl create …; crictl start …\n'
+pod=${pod:0:13} container=${container:0:13}
 show crictl pods
 show crictl ps
 
@@ -96,7 +106,7 @@ step "A command in it"
 show crictl exec "$container" sh -c 'echo "I am $(id -un) of $(hostname), pid $$ here"; ip -o -4 address show eth0 | cut -d" " -f2-7'
 
 step "An HTTP answer through a port-forward"
-printf '  $ crictl port-forward %s :8080\n' "${pod:0:13}"
+printf '  $ crictl port-forward %s :8080\n' "$pod"
 crictl port-forward "$pod" 0:8080 >"$work/forward" 2>&1 &
 forward=$!
 for _ in $(seq 100); do

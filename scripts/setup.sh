@@ -113,14 +113,17 @@ check_userns() {
 }
 
 # allow_by_apparmor: since Ubuntu 23.10 AppArmor grants capabilities in a user namespace only to programs with a
-# profile. One file names the program that was built here, and under --test the tests' own, and nothing else.
+# profile. One file names the programs that are built in this checkout and in the copy of the tests' account: coracle,
+# the demo's helper and the test programs, and nothing else.
 allow_by_apparmor() {
-	local file=/etc/apparmor.d/coracle-checkout place profile
+	local file=/etc/apparmor.d/coracle-checkout place program profile number=0
 	profile=$(
 		echo "abi <abi/4.0>,"
 		for place in "$REPO" "$TEST_HOME/src"; do
-			echo "profile coracle-$(basename "$place") \"$place/bin/coracle\" flags=(unconfined) { userns, }"
-			[ -z "$test" ] || echo "profile coracle-tests-$(basename "$place") \"$place/.cache/tmp/**.test\" flags=(unconfined) { userns, }"
+			for program in bin/coracle .cache/bin/loopback '.cache/tmp/**.test'; do
+				number=$((number + 1))
+				echo "profile coracle-checkout-$number \"$place/$program\" flags=(unconfined) { userns, }"
+			done
 		done
 	)
 	[ "$(cat $file 2>/dev/null)" != "$profile" ] || return 0

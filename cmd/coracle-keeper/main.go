@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"syscall"
 
 	"github.com/coracle-cri/coracle/cgroupv2"
@@ -15,6 +16,10 @@ import (
 
 // version is set by the linker.
 var version = "dev"
+
+// gcPercent trades a little CPU for the memory of a process that is idle nearly always: 5.3 MB of its own with 60
+// containers, where Go's default has 7.2.
+const gcPercent = 40
 
 // init comes before main's flags: as a container's init this program has the argument "init" and no others.
 func init() { keeper.Init() }
@@ -30,7 +35,7 @@ func run(args []string) error {
 	flags := flag.NewFlagSet("coracle-keeper", flag.ContinueOnError)
 	dir := flags.String("runtime-dir", "", "directory of the keeper's socket and records; it must exist")
 	mountCgroup := flags.Bool("cgroup-mount", false, "mount the node's cgroup2 tree on /sys/fs/cgroup")
-	debug := flags.Bool("debug", false, "log more")
+	verbose := flags.Bool("debug", false, "log more")
 	showVersion := flags.Bool("version", false, "print the version and exit")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -43,11 +48,14 @@ func run(args []string) error {
 		return fmt.Errorf("--runtime-dir is missing")
 	}
 	level := slog.LevelInfo
-	if *debug {
+	if *verbose {
 		level = slog.LevelDebug
 	}
 	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})).With("program", "keeper")
 
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(gcPercent)
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	if err := keeper.Prepare(log); err != nil {

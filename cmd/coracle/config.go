@@ -48,8 +48,9 @@ type streamingConfig struct {
 }
 
 type imagesConfig struct {
-	MaxLayerBytes int64  `json:"maxLayerBytes"`
-	DockerConfig  string `json:"dockerConfig"`
+	MaxLayerBytes     int64  `json:"maxLayerBytes"`
+	DockerConfig      string `json:"dockerConfig"`
+	RefuseUnmappedIDs bool   `json:"refuseUnmappedIDs"`
 }
 
 func defaults() config {
@@ -136,6 +137,8 @@ var keys = []key{
 	text("streaming-address", "streaming.address", "loopback address of the exec, attach and port-forward server; port 0 picks one", func(c *config) *string { return &c.Streaming.Address }),
 	number("max-layer-bytes", "images.maxLayerBytes", "largest unpacked size of one image layer, in bytes",
 		func(c *config, n int64) { c.Images.MaxLayerBytes = n }, func(c config) int64 { return c.Images.MaxLayerBytes }),
+	truth("refuse-unmapped-ids", "images.refuseUnmappedIDs", "refuse an image with owners outside this user's id range, in place of giving those files to 65534",
+		func(c *config) *bool { return &c.Images.RefuseUnmappedIDs }),
 	text("docker-config", "images.dockerConfig", "docker config.json with registry credentials; empty looks where docker and podman do", func(c *config) *string { return &c.Images.DockerConfig }),
 }
 

@@ -51,7 +51,7 @@ func runDoctor(c config, out io.Writer) error {
 		report(p.Check, p)
 	}
 	if len(problems) == 0 {
-		report("user, user namespaces, id map helpers, subordinate ids, programs", nil)
+		report("user, user namespaces, id map helpers, subordinate ids", nil)
 	}
 	report("network driver "+c.Network.Driver, netslirp.CheckDriver(driverConfig(c, io.Discard)))
 	_, err = keeperPath()

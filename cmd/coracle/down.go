@@ -38,7 +38,7 @@ func downCommand(s *settings) *cobra.Command {
 }
 
 func runDown(ctx context.Context, node rootless.Node, grace time.Duration, out io.Writer) error {
-	record, err := node.ReadRecord()
+	record, err := settledRecord(node)
 	wasUp := err == nil && record.Alive()
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -62,6 +62,27 @@ func runDown(ctx context.Context, node rootless.Node, grace time.Duration, out i
 		fmt.Fprintf(out, "node %s is not up\n", node.Name)
 	}
 	return nil
+}
+
+// settledRecord reads the node's record. A parent that has the lock and is about to write its record, or to remove it,
+// is waited for: this command means the node that is just starting too.
+func settledRecord(node rootless.Node) (rootless.Record, error) {
+	for deadline := time.Now().Add(endTimeout); ; time.Sleep(10 * time.Millisecond) {
+		record, err := node.ReadRecord()
+		if err == nil && record.Alive() || time.Now().After(deadline) {
+			return record, err
+		}
+		if err := node.MakeDirs(); err != nil {
+			return record, err
+		}
+		lock, lockErr := node.TryLock()
+		if lockErr == nil {
+			return record, errors.Join(err, lock.Release())
+		}
+		if !errors.Is(lockErr, rootless.ErrUp) {
+			return record, lockErr
+		}
+	}
 }
 
 // sweepDown removes what a node that was killed has left.

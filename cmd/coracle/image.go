@@ -23,18 +23,18 @@ import (
 
 func adminSocket(node rootless.Node) string { return filepath.Join(node.RuntimeDir, "admin.sock") }
 
-// adminHandler serves POST /v1/images?ref=NAME with an archive as its body; the answer is the image as JSON, or
+// adminHandler serves POST /v1/images?ref=NAME with an archive as its body; the answer is the images as JSON, or
 // a sentence with a status of 400 or above.
 func adminHandler(store *images.Store) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /v1/images", func(w http.ResponseWriter, r *http.Request) {
-		image, err := store.Import(r.Context(), r.Body, r.URL.Query().Get("ref"))
+		imported, err := store.Import(r.Context(), r.Body, r.URL.Query().Get("ref"))
 		if err != nil {
 			http.Error(w, err.Error(), http.StatusBadRequest)
 			return
 		}
 		w.Header().Set("Content-Type", "application/json")
-		_ = json.NewEncoder(w).Encode(image) // the client is gone when this fails
+		_ = json.NewEncoder(w).Encode(imported) // the client is gone when this fails
 	})
 	return mux
 }
@@ -62,12 +62,11 @@ func imageCommand(s *settings) *cobra.Command {
 				defer f.Close()
 				in = f
 			}
-			image, err := importImage(cmd.Context(), node, in, ref)
-			if err != nil {
-				return err
+			imported, err := importImages(cmd.Context(), node, in, ref)
+			for _, image := range imported {
+				fmt.Fprintln(cmd.OutOrStdout(), image.ID, strings.Join(image.RepoTags, " "))
 			}
-			fmt.Fprintln(cmd.OutOrStdout(), strings.Join(append(image.RepoTags, image.ID), "\n"))
-			return nil
+			return err
 		},
 	}
 	load.Flags().StringVar(&ref, "ref", "", "name of the image, where the archive does not give one or another is wanted")
@@ -75,7 +74,7 @@ func imageCommand(s *settings) *cobra.Command {
 	return cmd
 }
 
-func importImage(ctx context.Context, node rootless.Node, in io.Reader, ref string) (images.Image, error) {
+func importImages(ctx context.Context, node rootless.Node, in io.Reader, ref string) ([]images.Image, error) {
 	client := http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		var d net.Dialer
 		return d.DialContext(ctx, "unix", adminSocket(node))
@@ -83,20 +82,20 @@ func importImage(ctx context.Context, node rootless.Node, in io.Reader, ref stri
 	defer client.CloseIdleConnections()
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://node/v1/images?ref="+url.QueryEscape(ref), in)
 	if err != nil {
-		return images.Image{}, err
+		return nil, err
 	}
 	resp, err := client.Do(req)
 	if err != nil {
-		return images.Image{}, fmt.Errorf("reach node %s (is it up? coracle status%s): %w", node.Name, nameFlag(node), err)
+		return nil, fmt.Errorf("reach node %s (is it up? coracle status%s): %w", node.Name, nameFlag(node), err)
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
 		why, _ := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
-		return images.Image{}, errors.New(strings.TrimSpace(string(why)))
+		return nil, errors.New(strings.TrimSpace(string(why)))
 	}
-	var image images.Image
-	if err := json.NewDecoder(resp.Body).Decode(&image); err != nil {
-		return images.Image{}, fmt.Errorf("read the node's answer: %w", err)
+	var imported []images.Image
+	if err := json.NewDecoder(resp.Body).Decode(&imported); err != nil {
+		return nil, fmt.Errorf("read the node's answer: %w", err)
 	}
-	return image, nil
+	return imported, nil
 }

@@ -2,8 +2,10 @@ package keeper_test
 
 import (
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -38,10 +40,7 @@ func TestACgroupTellsTheProcessesOfAContainer(t *testing.T) {
 	}
 	t.Cleanup(func() { _ = os.Remove("/sys/fs/cgroup/pod") })
 	// In the node's pid namespace, an orphan in a mount namespace of its own: only the cgroup finds it.
-	s := inCgroup(pidNamespace(sh("(setsid unshare -m sleep 1701 &); echo up; sleep 1702"), ""), "/pod/c1")
-	s.Process.Capabilities.Bounding = append(s.Process.Capabilities.Bounding, "CAP_SYS_ADMIN")
-	s.Process.Capabilities.Effective, s.Process.Capabilities.Permitted = s.Process.Capabilities.Bounding, s.Process.Capabilities.Bounding
-	n.create("c1", s)
+	n.create("c1", administrator(inCgroup(pidNamespace(sh("(setsid unshare -m sleep 1701 &); echo up; sleep 1702"), ""), "/pod/c1")))
 	n.start("c1")
 	eventually(t, "both run", func() bool { return running("sleep 170") == 2 })
 	n.delete("c1")
@@ -86,5 +85,36 @@ func TestAnExecHasACgroupOfItsOwn(t *testing.T) {
 	n.delete("c1")
 	if running("sleep 1803") > 0 || exists("/sys/fs/cgroup/c1") {
 		t.Error("something is left")
+	}
+}
+
+func TestUpdateSetsAllLimitsOrNone(t *testing.T) {
+	delegated(t)
+	n := newNode(t)
+	ctx := context.Background()
+	n.create("c1", inCgroup(sh("sleep 1000"), "/c1"))
+	n.start("c1")
+	depth := func() string {
+		raw, err := os.ReadFile("/sys/fs/cgroup/c1/cgroup.max.depth")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.TrimSpace(string(raw))
+	}
+	if err := n.Update(ctx, "c1", &specs.LinuxResources{Unified: map[string]string{"cgroup.max.depth": "7"}}); err != nil || depth() != "7" {
+		t.Errorf("update: %v, depth %s", err, depth())
+	}
+	if _, err := os.Stat("/sys/fs/cgroup/c1/memory.max"); err != nil {
+		limit := int64(64 << 20)
+		if err := n.Update(ctx, "c1", &specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: &limit}}); err == nil {
+			t.Error("a limit without its controller was accepted")
+		}
+	}
+	if code := n.execCode("c1", "true"); code != 0 {
+		t.Errorf("exec after an update: %d", code)
+	}
+	n.delete("c1")
+	if err := n.Update(ctx, "c1", &specs.LinuxResources{}); !errors.Is(err, ctr.ErrNotFound) {
+		t.Errorf("update of no container: %v", err)
 	}
 }

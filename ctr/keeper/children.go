@@ -79,6 +79,7 @@ func (c *children) run(ctx context.Context) {
 		case <-died:
 		case <-c.poke:
 		case <-ctx.Done():
+			c.reapOrphans() // the last containers' own
 			return
 		}
 	}

@@ -31,6 +31,7 @@ type container struct {
 	keeper *Keeper
 	id     string
 	ready  chan struct{} // closed when the creation has ended, well or not
+	dead   chan struct{} // closed when the init process has ended
 	exited chan struct{} // closed when the exit is recorded and told
 
 	lc     *libcontainer.Container // nil for a container of an earlier keeper
@@ -44,14 +45,14 @@ type container struct {
 
 	record sync.Mutex // held from reading the state to its being on disk; before mu
 
-	mu     sync.Mutex
-	state  wire.State
-	ending bool   // the init process has ended
-	seq    uint64 // of the exit event; 0 where there is none
+	mu    sync.Mutex
+	state wire.State
+	seq   uint64 // of the exit event; 0 where there is none
 }
 
 func newContainer(k *Keeper, id string) *container {
-	return &container{keeper: k, id: id, ready: make(chan struct{}), exited: make(chan struct{}), state: wire.State{ID: id}}
+	return &container{keeper: k, id: id, ready: make(chan struct{}), dead: make(chan struct{}),
+		exited: make(chan struct{}), state: wire.State{ID: id}}
 }
 
 func (c *container) snapshot() wire.State {
@@ -92,66 +93,87 @@ func (c *container) launch(req *wire.Create) (err error) {
 			err = errors.Join(err, undo.run())
 		}
 	}()
-	log, err := openLogFile(req.LogPath, c.keeper.log)
+	p, err := c.assemble(req, &undo)
 	if err != nil {
 		return err
 	}
-	undo.push(func() error { log.close(); return nil })
-	proc, err := newProcess(req.Spec.Process)
+	init, err := c.spawn(p, &undo)
 	if err != nil {
 		return err
 	}
-	proc.Init = true
-	pl, err := newPlumbing(req, proc, log)
-	if err != nil {
-		return err
-	}
-	undo.push(func() error { pl.abandon(); return nil })
-	lc, err := newLibcontainer(c.keeper.stateDir(), c.id, req.Spec)
-	if err != nil {
-		return err
-	}
-	undo.push(lc.Destroy)
-	pid, err := c.keeper.children.launch(func() (int, error) {
-		if err := lc.Start(proc); err != nil {
-			return 0, err
-		}
-		return proc.Pid()
-	})
-	if err != nil {
-		return fmt.Errorf("create container: %w", err)
-	}
-	undo.push(func() error {
-		_ = unix.Kill(pid, unix.SIGKILL) // our child, not reaped: the pid is its own
-		c.keeper.children.collect(pid, func() { _, _ = proc.Wait() })
-		return nil
-	})
-	init, err := openProcess(pid)
-	if err != nil {
-		return err
-	}
-	undo.push(func() error { init.close(); return nil })
-	stdio, err := pl.connect(req)
+	stdio, err := p.streams.connect(req)
 	if err != nil {
 		return err
 	}
 	undo.push(func() error { stdio.close(); return nil })
-	member, err := membershipOf(pid, req.Spec)
+	member, err := membershipOf(init.pid, req.Spec)
 	if err != nil {
 		return err
 	}
 	undo.push(func() error { member.release(); return nil })
-	state := wire.State{ID: c.id, Pid: pid, PidStart: init.start, CreatedAt: time.Now()}
+	state := wire.State{ID: c.id, Pid: init.pid, PidStart: init.start, CreatedAt: time.Now()}
 	if err := c.keeper.writeRecord(state); err != nil {
 		return err
 	}
 	committed = true
-	c.lc, c.proc, c.init, c.stdio, c.member = lc, proc, init, stdio, member
+	c.lc, c.proc, c.init, c.stdio, c.member = p.lc, p.proc, init, stdio, member
 	c.mu.Lock()
 	c.state = state
 	c.mu.Unlock()
 	c.keeper.tasks.Go(c.watch)
 	return nil
+}
+
+// parts is a container before its first process exists.
+type parts struct {
+	lc      *libcontainer.Container
+	proc    *libcontainer.Process
+	streams *plumbing
+}
+
+func (c *container) assemble(req *wire.Create, undo *undoStack) (p parts, err error) {
+	log, err := openLogFile(req.LogPath, c.keeper.log)
+	if err != nil {
+		return p, err
+	}
+	undo.push(func() error { log.close(); return nil })
+	if p.proc, err = newProcess(req.Spec.Process); err != nil {
+		return p, err
+	}
+	p.proc.Init = true
+	if p.streams, err = newPlumbing(req, p.proc, log); err != nil {
+		return p, err
+	}
+	undo.push(func() error { p.streams.abandon(); return nil })
+	if p.lc, err = newLibcontainer(c.keeper.stateDir(), c.id, req.Spec); err != nil {
+		return p, err
+	}
+	undo.push(p.lc.Destroy)
+	return p, nil
+}
+
+// spawn makes the init process, and a handle on it while nobody can have reaped it.
+func (c *container) spawn(p parts, undo *undoStack) (*process, error) {
+	pid, err := c.keeper.children.launch(func() (int, error) {
+		if err := p.lc.Start(p.proc); err != nil {
+			return 0, err
+		}
+		return p.proc.Pid()
+	})
+	if err != nil {
+		return nil, fmt.Errorf("create container: %w", err)
+	}
+	undo.push(func() error {
+		_ = unix.Kill(pid, unix.SIGKILL) // our child, not reaped: the pid is its own
+		c.keeper.children.collect(pid, func() { _, _ = p.proc.Wait() })
+		return nil
+	})
+	init, err := openProcess(pid)
+	if err != nil {
+		return nil, err
+	}
+	undo.push(func() error { init.close(); return nil })
+	return init, nil
 }
 
 // start lets the init process, which waits in its open of a FIFO, execute the container's program.
@@ -194,7 +216,7 @@ func (c *container) openFifo() error {
 	defer close(stop)
 	c.keeper.tasks.Go(func() {
 		select {
-		case <-c.exited:
+		case <-c.dead:
 		case <-stop:
 		}
 		_ = fifo.SetReadDeadline(time.Unix(1, 0)) // closed: the read is over anyway
@@ -221,6 +243,7 @@ func (c *container) watch() {
 		c.keeper.log.Error("await container", "container", c.id, "error", err)
 	}
 	finished := time.Now()
+	close(c.dead)
 	code := lostExitCode
 	c.keeper.children.collect(c.init.pid, func() {
 		if state, err := c.proc.Wait(); state != nil {
@@ -229,9 +252,6 @@ func (c *container) watch() {
 			c.keeper.log.Error("collect exit status", "container", c.id, "error", err)
 		}
 	})
-	c.mu.Lock()
-	c.ending = true
-	c.mu.Unlock()
 	// In a shared pid namespace nobody else ends what the init process has left behind.
 	if err := c.empty(); err != nil {
 		c.keeper.log.Error("end processes of an exited container", "container", c.id, "error", err)

@@ -26,7 +26,7 @@ type session struct {
 }
 
 // dyingTimeout is how long a failed exec waits for its container to prove dead.
-const dyingTimeout = 50 * time.Millisecond
+const dyingTimeout = 100 * time.Millisecond
 
 var sessionCount atomic.Uint64
 
@@ -57,15 +57,14 @@ func (c *container) exec(req *wire.Exec, streams stdStreams) (_ *session, tty *o
 		return nil, nil, err
 	}
 	if err := s.start(c); err != nil {
-		// The kernel kills the new process first and then the init process on whose account it does so.
-		if c.init.endsWithin(dyingTimeout) {
+		if c.dies(dyingTimeout) {
 			err = errors.Join(wire.ErrNotRunning, err)
 		}
 		return nil, nil, errors.Join(err, s.removeCgroup())
 	}
 	c.sessions.Add(1)
 	c.keeper.tasks.Go(func() { defer c.sessions.Done(); s.watch() })
-	if c.isEnding() {
+	if c.dies(0) {
 		// It may have come in after the container's processes were killed.
 		return nil, nil, errors.Join(wire.ErrNotRunning, s.kill())
 	}
@@ -77,10 +76,22 @@ func (c *container) exec(req *wire.Exec, streams stdStreams) (_ *session, tty *o
 	return s, tty, nil
 }
 
-func (c *container) isEnding() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.ending
+// dies tells whether the container's init process is dead within limit. When a pid namespace ends, the kernel kills
+// all others in it before it lets the init process be seen as dead.
+func (c *container) dies(limit time.Duration) bool {
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
+	select {
+	case <-c.dead:
+		return true
+	case <-timer.C:
+	}
+	select {
+	case <-c.dead:
+		return true
+	default:
+		return false
+	}
 }
 
 // start makes the process and a handle on it.

@@ -5,8 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -16,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/coracle-cri/coracle/ctr"
+	"github.com/coracle-cri/coracle/rootless/nstest"
 )
 
 // execCode runs a program in a container to its end.
@@ -74,6 +73,31 @@ func TestExecHasItsStreamsAndExitCode(t *testing.T) {
 	// Without streams they are /dev/null.
 	if code := n.execCode("c1", "/bin/sh", "-c", "read x || exit 11"); code != 11 {
 		t.Errorf("read from no stdin: %d", code)
+	}
+}
+
+// TestAUserThatIsNotRootCanOpenItsStreams: programs write to /dev/stdout, which opens the pipe again.
+func TestAUserThatIsNotRootCanOpenItsStreams(t *testing.T) {
+	if nstest.IDs() == 1 {
+		t.Skip("this user has no subordinate ids")
+	}
+	n := newNode(t)
+	script := "echo out > /proc/self/fd/1; echo err > /proc/self/fd/2; sleep 1000"
+	s := sh(script)
+	s.Process.User.UID, s.Process.User.GID = 1000, 1000
+	n.create("c1", s)
+	n.start("c1")
+	eventually(t, "both lines are logged", func() bool { return len(n.lines("c1")) == 2 })
+	r, w := pipe(t)
+	p := process("/bin/sh", "-c", "id -u > /proc/self/fd/1")
+	p.User = s.Process.User
+	e, err := n.Exec(context.Background(), ctr.ExecRequest{ContainerID: "c1", Process: p, Streams: ctr.Streams{Stdout: w}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	if got := readAll(t, r); got != "1000\n" {
+		t.Errorf("output %q", got)
 	}
 }
 
@@ -279,168 +303,5 @@ func TestExecsRaceWithTheEndOfTheirContainer(t *testing.T) {
 		if running("sleep 1000") > 0 {
 			t.Fatalf("left:\n%s", processes())
 		}
-	}
-}
-
-func TestAttachReadsAndWrites(t *testing.T) {
-	n := newNode(t)
-	ctx := context.Background()
-	stdin := func(r *ctr.CreateRequest) { r.Stdin = true }
-	n.create("c1", sh("while read line; do echo out $line; echo err $line >&2; [ $line = end ] && exit 3; done; exit 4"), stdin)
-	n.start("c1")
-	type client struct {
-		in       *os.File
-		out, err *bufio.Scanner
-		done     chan error
-		cancel   context.CancelFunc
-	}
-	attach := func() client {
-		inR, inW := pipe(t)
-		outR, outW := pipe(t)
-		errR, errW := pipe(t)
-		ctx, cancel := context.WithCancel(ctx)
-		c := client{in: inW, out: bufio.NewScanner(outR), err: bufio.NewScanner(errR), done: make(chan error, 1), cancel: cancel}
-		go func() { c.done <- n.Attach(ctx, "c1", ctr.Streams{Stdin: inR, Stdout: outW, Stderr: errW}) }()
-		return c
-	}
-	say := func(c client, word string, to ...client) {
-		t.Helper()
-		if _, err := c.in.WriteString(word + "\n"); err != nil {
-			t.Fatal(err)
-		}
-		for _, r := range to {
-			if !r.out.Scan() || r.out.Text() != "out "+word || !r.err.Scan() || r.err.Text() != "err "+word {
-				t.Fatalf("%q: out %q, err %q", word, r.out.Text(), r.err.Text())
-			}
-		}
-	}
-	a := attach()
-	say(a, "one", a)
-	b := attach()
-	say(b, "two", b, a) // b's answer shows that it is attached
-	say(a, "three", a, b)
-	// a goes; without stdin_once the container's stdin stays open for b.
-	a.cancel()
-	if err := <-a.done; !errors.Is(err, context.Canceled) {
-		t.Errorf("cancelled attach: %v", err)
-	}
-	if a.out.Scan() {
-		t.Errorf("output after the end of the attach: %q", a.out.Text())
-	}
-	say(b, "four", b)
-	say(b, "end", b)
-	if err := <-b.done; err != nil {
-		t.Errorf("attach at the exit: %v", err)
-	}
-	if b.out.Scan() || b.err.Scan() {
-		t.Error("more output than there was")
-	}
-	if s := n.exit("c1"); s.ExitCode != 3 {
-		t.Errorf("exit %+v", s)
-	}
-	if got := len(n.lines("c1")); got != 10 {
-		t.Errorf("%d lines in the log, want 10", got)
-	}
-	if err := n.Attach(ctx, "c1", ctr.Streams{}); !errors.Is(err, ctr.ErrNotRunning) {
-		t.Errorf("attach after the exit: %v", err)
-	}
-}
-
-func TestStdinOnceClosesStdinWithTheFirstAttach(t *testing.T) {
-	n := newNode(t)
-	n.create("once", sh("cat; echo eof"), func(r *ctr.CreateRequest) { r.Stdin, r.StdinOnce = true, true })
-	n.start("once")
-	inR, inW := pipe(t)
-	outR, outW := pipe(t)
-	done := make(chan error, 1)
-	go func() {
-		done <- n.Attach(context.Background(), "once", ctr.Streams{Stdin: inR, Stdout: outW})
-	}()
-	if _, err := inW.WriteString("in\n"); err != nil {
-		t.Fatal(err)
-	}
-	inW.Close()
-	if got := readAll(t, outR); got != "in\neof\n" {
-		t.Errorf("output %q", got)
-	}
-	if err := <-done; err != nil {
-		t.Error(err)
-	}
-	n.exit("once")
-}
-
-func TestAnAttachedReaderThatStopsDoesNotStopTheLog(t *testing.T) {
-	n := newNode(t)
-	const lines = 200000 // more than the sink and both pipes hold
-	n.create("c1", sh(fmt.Sprintf("read go; seq 1 %d; sleep 1000", lines)), func(r *ctr.CreateRequest) { r.Stdin = true })
-	n.start("c1")
-	inR, inW := pipe(t)
-	outR, outW := pipe(t)
-	stuckR, stuckW := pipe(t)
-	stuck, reading := make(chan error, 1), make(chan error, 1)
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	go func() { stuck <- n.Attach(ctx, "c1", ctr.Streams{Stdout: stuckW}) }()
-	go func() { reading <- n.Attach(ctx, "c1", ctr.Streams{Stdin: inR, Stdout: outW}) }()
-	time.Sleep(100 * time.Millisecond) // both are attached
-	if _, err := inW.WriteString("go\n"); err != nil {
-		t.Fatal(err)
-	}
-	begun := time.Now()
-	got := bufio.NewScanner(io.LimitReader(outR, 1<<30))
-	for i := 1; i <= lines; i++ {
-		if !got.Scan() || got.Text() != fmt.Sprint(i) {
-			t.Fatalf("line %d for the reader that reads is %q", i, got.Text())
-		}
-	}
-	eventually(t, "the log is whole", func() bool { return len(n.lines("c1")) == lines })
-	t.Logf("%d lines took %s", lines, time.Since(begun))
-	if err := <-stuck; err == nil || !strings.Contains(err.Error(), "too slow") {
-		t.Errorf("the reader that stopped: %v", err)
-	}
-	_ = stuckR.Close()
-	n.delete("c1")
-	if err := <-reading; err != nil {
-		t.Error(err)
-	}
-}
-
-func TestAContainerHasATerminal(t *testing.T) {
-	n := newNode(t)
-	ctx := context.Background()
-	s := sh("stty size; read line; stty size; echo got $line; exit 8")
-	s.Process.Terminal, s.Process.ConsoleSize = true, &specs.Box{Width: 80, Height: 24}
-	n.create("c1", s, func(r *ctr.CreateRequest) { r.TTY, r.Stdin = true, true })
-	n.start("c1")
-	eventually(t, "the first size is logged", func() bool { return len(n.lines("c1")) == 1 })
-	inR, inW := pipe(t)
-	outR, outW := pipe(t)
-	done := make(chan error, 1)
-	go func() { done <- n.Attach(ctx, "c1", ctr.Streams{Stdin: inR, Stdout: outW}) }()
-	if err := n.Resize(ctx, "c1", 132, 50); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := inW.WriteString("typed\n"); err != nil {
-		t.Fatal(err)
-	}
-	if got := readAll(t, outR); got != "typed\r\n50 132\r\ngot typed\r\n" {
-		t.Errorf("attached output %q", got)
-	}
-	if err := <-done; err != nil {
-		t.Error(err)
-	}
-	if s := n.exit("c1"); s.ExitCode != 8 {
-		t.Errorf("exit %+v", s)
-	}
-	want := "stdout F 24 80\r|stdout F typed\r|stdout F 50 132\r|stdout F got typed\r"
-	if got := strings.Join(n.lines("c1"), "|"); got != want {
-		t.Errorf("log %q", got)
-	}
-	if err := n.Resize(ctx, "c1", 1, 1); !errors.Is(err, ctr.ErrNotRunning) {
-		t.Errorf("resize after the exit: %v", err)
-	}
-	n.idle("pipes")
-	if err := n.Resize(ctx, "pipes", 1, 1); err == nil || errors.Is(err, ctr.ErrNotRunning) {
-		t.Errorf("resize without a terminal: %v", err)
 	}
 }

@@ -42,6 +42,7 @@ func (c *container) empty() error {
 		if err := killUntilNone(killTimeout, c.members, c.keeper.children.reap); err != nil {
 			return err
 		}
+		c.keeper.children.reapOrphans()
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()

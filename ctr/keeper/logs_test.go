@@ -94,7 +94,7 @@ func TestAFullDiskStopsTheLogAndNotTheContainer(t *testing.T) {
 	if err := os.Mkdir(small, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := unix.Mount("tmpfs", small, "tmpfs", 0, "size=128k"); err != nil {
+	if err := unix.Mount("tmpfs", small, "tmpfs", 0, "size=1m"); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -103,7 +103,7 @@ func TestAFullDiskStopsTheLogAndNotTheContainer(t *testing.T) {
 		}
 	})
 	filler := filepath.Join(small, "filler")
-	if err := os.WriteFile(filler, make([]byte, 90<<10), 0o600); err != nil {
+	if err := os.WriteFile(filler, make([]byte, 980<<10), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	path := filepath.Join(small, "c1.log")

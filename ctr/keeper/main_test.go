@@ -10,14 +10,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
-	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
 	"github.com/coracle-cri/coracle/ctr"
@@ -197,142 +195,6 @@ func openNode(t *testing.T, dir string, daemon ...string) *node {
 				t.Errorf("end of the keeper: %v", err)
 			}
 		})}
-}
-
-// warm lets the libraries open what they keep open, once, before anything is counted.
-var warm sync.Once
-
-func facts(t *testing.T) map[string]string {
-	t.Helper()
-	warm.Do(func() {
-		dir := filepath.Join(base, "warm")
-		if err := os.Mkdir(dir, 0o755); err != nil {
-			t.Fatal(err)
-		}
-		n := openNode(t, dir)
-		n.run("warm", spec("true"))
-		n.end()
-	})
-	mounts, err := os.ReadFile("/proc/self/mountinfo")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return map[string]string{"mounts": string(mounts), "descriptors": descriptors(), "processes": processes(),
-		"cgroups": cgroupDirs()}
-}
-
-func compareFacts(t *testing.T, before map[string]string) {
-	t.Helper()
-	var after map[string]string
-	same := func() bool {
-		after = facts(t)
-		for key := range before {
-			if before[key] != after[key] {
-				return false
-			}
-		}
-		return true
-	}
-	for range 100 { // a child of the test itself may be on its way out
-		if same() {
-			break
-		}
-		runtime.GC() // libcontainer leaves the FIFO of a start that failed to the garbage collector
-		time.Sleep(10 * time.Millisecond)
-	}
-	for key := range before {
-		if before[key] != after[key] {
-			t.Errorf("%s before:\n%s\nand after:\n%s", key, before[key], after[key])
-		}
-	}
-	if err := goleak.Find(); err != nil {
-		t.Error(err)
-	}
-}
-
-func descriptors() string {
-	var all []string
-	entries, _ := os.ReadDir("/proc/self/fd")
-	for _, e := range entries {
-		link, err := os.Readlink("/proc/self/fd/" + e.Name())
-		if err == nil && !strings.HasSuffix(link, "/fd") {
-			all = append(all, e.Name()+" "+link)
-		}
-	}
-	return strings.Join(all, "\n")
-}
-
-// processes lists all in this pid namespace, in which the test is PID 1.
-func processes() string {
-	var all []string
-	dirs, _ := filepath.Glob("/proc/[0-9]*")
-	for _, dir := range dirs {
-		if line, err := os.ReadFile(dir + "/cmdline"); err == nil {
-			all = append(all, dir+" "+string(bytes.ReplaceAll(line, []byte{0}, []byte{' '})))
-		}
-	}
-	return strings.Join(all, "\n")
-}
-
-// running counts the processes whose command line begins with prefix.
-func running(prefix string) int {
-	count := 0
-	for line := range strings.Lines(processes()) {
-		_, cmdline, _ := strings.Cut(line, " ")
-		if strings.HasPrefix(cmdline, prefix) {
-			count++
-		}
-	}
-	return count
-}
-
-func cgroupDirs() string {
-	if !cgroups {
-		return ""
-	}
-	dirs, _ := filepath.Glob("/sys/fs/cgroup/*/cgroup.procs")
-	return strings.Join(dirs, "\n")
-}
-
-// spec is a container of the test's root filesystem with a pid namespace of its own.
-func spec(args ...string) *specs.Spec {
-	return &specs.Spec{
-		Version: specs.Version,
-		Root:    &specs.Root{Path: filepath.Join(base, "rootfs")},
-		Process: process(args...),
-		Mounts: []specs.Mount{
-			{Destination: "/proc", Type: "proc", Source: "proc", Options: []string{"nosuid", "noexec", "nodev"}},
-			{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "mode=755"}},
-			{Destination: "/dev/pts", Type: "devpts", Source: "devpts", Options: []string{"nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"}},
-			{Destination: "/tmp", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "nodev", "mode=1777"}},
-		},
-		Linux: &specs.Linux{Namespaces: []specs.LinuxNamespace{
-			{Type: specs.MountNamespace}, {Type: specs.PIDNamespace}, {Type: specs.IPCNamespace}, {Type: specs.UTSNamespace}}},
-	}
-}
-
-func process(args ...string) *specs.Process {
-	caps := []string{"CAP_CHOWN", "CAP_KILL", "CAP_SETUID", "CAP_SETGID", "CAP_DAC_OVERRIDE"}
-	return &specs.Process{Args: args, Cwd: "/", Env: []string{"PATH=/bin"},
-		Capabilities: &specs.LinuxCapabilities{Bounding: caps, Effective: caps, Permitted: caps}}
-}
-
-func sh(script string) *specs.Spec { return spec("/bin/sh", "-c", script) }
-
-// pidNamespace makes the container join path; "" is the keeper's own.
-func pidNamespace(s *specs.Spec, path string) *specs.Spec {
-	var out []specs.LinuxNamespace
-	for _, ns := range s.Linux.Namespaces {
-		if ns.Type == specs.PIDNamespace {
-			if path == "" {
-				continue
-			}
-			ns.Path = path
-		}
-		out = append(out, ns)
-	}
-	s.Linux.Namespaces = out
-	return s
 }
 
 func (n *node) logPath(id string) string { return filepath.Join(n.dir, id+".log") }

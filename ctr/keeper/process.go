@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -49,18 +48,6 @@ func ended(fd uintptr) bool {
 	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
 	n, err := unix.Poll(fds, 0)
 	return err == nil && n > 0
-}
-
-// endsWithin tells whether the process is dead, or dies within limit. It holds a thread for that long.
-func (p *process) endsWithin(limit time.Duration) bool {
-	dead := true // where the handle is closed
-	_ = control(p.pidfd, func(fd int) error {
-		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-		n, err := unix.Poll(fds, int(limit.Milliseconds()))
-		dead = err == nil && n > 0
-		return nil
-	})
-	return dead
 }
 
 // signal sends sig; a process that has ended already is no error.

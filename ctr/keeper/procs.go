@@ -38,7 +38,9 @@ func readProc(pid int) (proc, error) {
 	if err := errors.Join(err1, err2, err3); err != nil {
 		return proc{}, fmt.Errorf("read stat of process %d: %w", pid, err)
 	}
-	return proc{pid: pid, parent: parent, session: session, start: start, zombie: f[0] == "Z" || f[0] == "X"}, nil
+	// The first thread may be a zombie while others run: field 20 counts them.
+	zombie := (f[0] == "Z" || f[0] == "X") && (f[17] == "0" || f[17] == "1")
+	return proc{pid: pid, parent: parent, session: session, start: start, zombie: zombie}, nil
 }
 
 // allProcs lists every process of the node's pid namespace.
@@ -104,27 +106,32 @@ func signalProcs(list []proc, sig syscall.Signal) {
 }
 
 // killUntilNone kills what list finds, again and again, because processes may fork while they are being listed,
-// until nothing is found or the time is over.
+// until list finds nothing and all that were killed are dead, or the time is over. reap is called for each.
 func killUntilNone(limit time.Duration, list func() ([]proc, error), reap func(pid int)) error {
 	deadline := time.Now().Add(limit)
-	pause := time.Millisecond
-	killed := map[int]struct{}{}
-	for {
-		for pid := range killed {
-			reap(pid)
-		}
+	killed := map[int]proc{}
+	for pause := time.Millisecond; ; pause = min(2*pause, 50*time.Millisecond) {
 		found, err := list()
-		if err != nil || len(found) == 0 {
+		if err != nil {
 			return err
-		}
-		if time.Now().After(deadline) {
-			return fmt.Errorf("kill processes: %d still live after %s, the first is %d", len(found), limit, found[0].pid)
 		}
 		signalProcs(found, unix.SIGKILL)
 		for _, p := range found {
-			killed[p.pid] = struct{}{}
+			killed[p.pid] = p
+		}
+		// An orphan may not be found again, and still take a moment to die.
+		for pid, p := range killed {
+			if now, err := readProc(pid); err != nil || now.start != p.start || now.zombie {
+				reap(pid)
+				delete(killed, pid)
+			}
+		}
+		if len(found) == 0 && len(killed) == 0 {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("kill processes: %d still live after %s", len(killed), limit)
 		}
 		time.Sleep(pause)
-		pause = min(2*pause, 50*time.Millisecond)
 	}
 }

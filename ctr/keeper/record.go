@@ -119,6 +119,7 @@ func (k *Keeper) loadRecord(path string) error {
 	c := newContainer(k, s.ID)
 	c.state = s
 	close(c.ready)
+	close(c.dead)
 	close(c.exited)
 	k.containers[s.ID] = c
 	return nil

@@ -2,6 +2,7 @@ package keeper
 
 import (
 	"context"
+	"errors"
 	"os"
 	"os/exec"
 	"time"
@@ -36,7 +37,8 @@ func (k *Keeper) superviseDaemon(ctx context.Context) {
 		if time.Since(begun) >= steadyAfter {
 			wait = backoffMin
 		}
-		k.log.Error("the daemon has ended; containers go on; it is started again", "after", time.Since(begun).Round(time.Millisecond), "cause", err, "wait", wait)
+		k.log.Error("the daemon has ended; containers go on; it is started again",
+			"cause", err, "was_up", time.Since(begun).Round(time.Millisecond), "wait", wait)
 		select {
 		case <-time.After(wait):
 		case <-ctx.Done():
@@ -45,7 +47,7 @@ func (k *Keeper) superviseDaemon(ctx context.Context) {
 	}
 }
 
-// runDaemon starts the daemon, with the keeper's environment and output, and returns how it ended.
+// runDaemon starts the daemon, with the keeper's environment and output, and returns how it ended, never nil.
 func (k *Keeper) runDaemon(ctx context.Context) error {
 	cmd := exec.Command(k.cfg.Daemon[0], k.cfg.Daemon[1:]...)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
@@ -73,12 +75,8 @@ func (k *Keeper) runDaemon(ctx context.Context) error {
 	case <-ctx.Done():
 		err = k.stopDaemon(p, ended)
 	}
-	k.children.collect(pid, func() {
-		if werr := cmd.Wait(); err == nil {
-			err = werr
-		}
-	})
-	return err
+	k.children.collect(pid, func() { _ = cmd.Wait() }) // its error is the state's
+	return errors.Join(err, errors.New(cmd.ProcessState.String()))
 }
 
 // stopDaemon asks the daemon to end, and ends it when it does not.

@@ -26,6 +26,7 @@ func main() {
 	endpoint := flag.String("endpoint", os.Getenv("CONTAINER_RUNTIME_ENDPOINT"), "socket of the runtime, unix://PATH (CONTAINER_RUNTIME_ENDPOINT)")
 	flag.StringVar(&b.image, "image", "", "image, with a /bin/sleep and a /bin/true")
 	pull := flag.Bool("pull", false, "pull the image first")
+	flag.BoolVar(&b.sharePID, "share-pid", false, "one pid namespace for the pod, as shareProcessNamespace asks for")
 	flag.BoolVar(&b.seccomp, "seccomp", false, "ask for the runtime's default seccomp profile")
 	count := flag.Int("count", 20, "pods")
 	flag.Parse()
@@ -36,11 +37,12 @@ func main() {
 }
 
 type bench struct {
-	image   string
-	seccomp bool
-	runtime runtimeapi.RuntimeServiceClient
-	logs    string
-	times   map[string][]time.Duration
+	image    string
+	seccomp  bool
+	sharePID bool
+	runtime  runtimeapi.RuntimeServiceClient
+	logs     string
+	times    map[string][]time.Duration
 }
 
 func (b *bench) run(endpoint string, count int, pull bool) error {
@@ -79,6 +81,14 @@ func (b *bench) took(row string, began time.Time) {
 	b.times[row] = append(b.times[row], time.Since(began))
 }
 
+// namespaces are what a kubelet asks for: a pid namespace for each container, unless the pod's spec shares one.
+func (b *bench) namespaces() *runtimeapi.NamespaceOption {
+	if b.sharePID {
+		return &runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_POD}
+	}
+	return &runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_CONTAINER}
+}
+
 func (b *bench) profile() *runtimeapi.SecurityProfile {
 	if b.seccomp {
 		return &runtimeapi.SecurityProfile{ProfileType: runtimeapi.SecurityProfile_RuntimeDefault}
@@ -90,7 +100,8 @@ func (b *bench) pod(ctx context.Context, i int) (err error) {
 	name := fmt.Sprintf("bench-%d-%d", os.Getpid(), i+1)
 	config := &runtimeapi.PodSandboxConfig{Metadata: &runtimeapi.PodSandboxMetadata{Name: name, Uid: name, Namespace: "bench"},
 		Hostname: "bench", LogDirectory: filepath.Join(b.logs, name),
-		Linux: &runtimeapi.LinuxPodSandboxConfig{SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{Seccomp: b.profile()}}}
+		Linux: &runtimeapi.LinuxPodSandboxConfig{SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{
+			Seccomp: b.profile(), NamespaceOptions: b.namespaces()}}}
 	began := time.Now()
 	sandbox, err := b.runtime.RunPodSandbox(ctx, &runtimeapi.RunPodSandboxRequest{Config: config})
 	if err != nil {
@@ -106,7 +117,8 @@ func (b *bench) pod(ctx context.Context, i int) (err error) {
 	created, err := b.runtime.CreateContainer(ctx, &runtimeapi.CreateContainerRequest{PodSandboxId: sandbox.PodSandboxId, SandboxConfig: config,
 		Config: &runtimeapi.ContainerConfig{Metadata: &runtimeapi.ContainerMetadata{Name: "c"}, Image: &runtimeapi.ImageSpec{Image: b.image},
 			Command: []string{"/bin/sleep", "1000"}, LogPath: "c.log",
-			Linux: &runtimeapi.LinuxContainerConfig{SecurityContext: &runtimeapi.LinuxContainerSecurityContext{Seccomp: b.profile()}}}})
+			Linux: &runtimeapi.LinuxContainerConfig{SecurityContext: &runtimeapi.LinuxContainerSecurityContext{
+				Seccomp: b.profile(), NamespaceOptions: b.namespaces()}}}})
 	if err != nil {
 		return err
 	}

@@ -1,0 +1,152 @@
+package keeper
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/coracle-cri/coracle/ctr/wire"
+)
+
+func TestFormatterCutsAnyChunking(t *testing.T) {
+	now := time.Date(2026, 1, 2, 3, 4, 5, 600, time.FixedZone("", 3600))
+	long := strings.Repeat("é", maxLine/2)
+	text := "a\n\n" + long + "\n" + long + "x\n" + long + long + "\nend"
+	want := []string{"F a", "F ", "F " + long, "P " + long, "F x", "P " + long, "F " + long, "P end"}
+	for _, size := range []int{1, 7, maxLine - 1, maxLine, maxLine + 1, len(text)} {
+		var got []string
+		writes := 0
+		f := formatter{stream: "stderr", flush: func(b []byte) {
+			writes++
+			if b[len(b)-1] != '\n' {
+				t.Errorf("size %d: a write ends inside a line", size)
+			}
+			for line := range strings.Lines(string(b)) {
+				got = append(got, strings.TrimPrefix(strings.TrimSuffix(line, "\n"), "2026-01-02T02:04:05.0000006Z stderr "))
+			}
+		}}
+		for chunk := range slices.Chunk([]byte(text), size) {
+			f.feed(now, chunk)
+		}
+		f.finish(now)
+		if !slices.Equal(got, want) {
+			t.Errorf("size %d: %d lines %.50q", size, len(got), got)
+		}
+		if size == len(text) && writes > 3 {
+			t.Errorf("%d writes for one chunk", writes)
+		}
+	}
+}
+
+func TestFormatterKeepsNoLargeBuffers(t *testing.T) {
+	f := formatter{stream: "stdout", flush: func([]byte) {}}
+	f.feed(time.Now(), []byte(strings.Repeat("\n", chunkSize)))
+	f.feed(time.Now(), []byte(strings.Repeat("x", maxLine)))
+	f.feed(time.Now(), []byte("\n"))
+	if cap(f.out) > 4<<10 || cap(f.pending) > 1<<10 {
+		t.Errorf("out %d, pending %d", cap(f.out), cap(f.pending))
+	}
+}
+
+func TestFollowTellsExitsThatTheJournalHasLetGo(t *testing.T) {
+	k := &Keeper{journal: newJournal(), containers: map[string]*container{}}
+	const count = 3 * journalSize
+	for i := range count {
+		c := newContainer(k, fmt.Sprintf("c%d", i))
+		c.state.FinishedAt = time.Now()
+		c.seq = k.journal.append(wire.EventExit, c.state)
+		if i%2 == 0 { // the others are deleted
+			k.containers[c.id] = c
+		}
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	var got []uint64
+	err := k.follow(ctx, 10, func(e wire.Event) error {
+		if got = append(got, e.Seq); e.Seq == count {
+			cancel()
+		}
+		return nil
+	})
+	if !errors.Is(err, context.Canceled) || !slices.IsSorted(got) {
+		t.Fatalf("%v, sorted %v", err, slices.IsSorted(got))
+	}
+	if want := journalSize + (count-journalSize-10)/2; len(got) != want || got[0] != 11 {
+		t.Errorf("%d events from %d, want %d from 11", len(got), got[0], want)
+	}
+}
+
+func TestFamilyIsAllDescendantsAndNoZombies(t *testing.T) {
+	all := []proc{{pid: 2, parent: 1}, {pid: 10, parent: 2}, {pid: 7, parent: 10}, {pid: 6, parent: 7}, {pid: 8, parent: 7, zombie: true},
+		{pid: 9, parent: 1}, {pid: os.Getpid(), parent: 7}}
+	var pids []int
+	for _, p := range family(all, func(p proc) bool { return p.pid == 10 }) {
+		pids = append(pids, p.pid)
+	}
+	slices.Sort(pids)
+	if !slices.Equal(pids, []int{6, 7, 10}) {
+		t.Errorf("family %v", pids)
+	}
+}
+
+func TestReadProcStandsAnyName(t *testing.T) {
+	p, err := readProc(os.Getpid())
+	if err != nil || p.pid != os.Getpid() || p.start == 0 || p.zombie {
+		t.Errorf("%+v, %v", p, err)
+	}
+}
+
+func TestARecordIsOldOrNew(t *testing.T) {
+	dir := t.TempDir()
+	k := &Keeper{cfg: Config{RuntimeDir: dir}, journal: newJournal(), containers: map[string]*container{}, log: slog.New(slog.DiscardHandler)}
+	if err := os.Mkdir(k.recordDir(), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	write := func(name, content string) {
+		if err := os.WriteFile(filepath.Join(k.recordDir(), name), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := k.writeRecord(wire.State{ID: "a", FinishedAt: time.Now(), ExitCode: 3}); err != nil {
+		t.Fatal(err)
+	}
+	write("b.json.tmp", `{"version":1,"sta`) // a crash in the middle of a write
+	if err := k.loadRecords(); err != nil {
+		t.Fatal(err)
+	}
+	if states := k.list(); len(k.containers) != 1 || k.containers["a"].snapshot().ExitCode != 3 {
+		t.Errorf("loaded %v", states)
+	}
+	if left, _ := filepath.Glob(k.recordDir() + "/*.tmp"); len(left) != 0 {
+		t.Errorf("left %v", left)
+	}
+	write("c.json", `{"version":9,"state":{}}`)
+	if err := k.loadRecords(); err == nil || !strings.Contains(err.Error(), "version 9") {
+		t.Errorf("another version: %v", err)
+	}
+}
+
+func TestOOMKilledReadsTheCgroupsCounter(t *testing.T) {
+	for content, want := range map[string]bool{
+		"low 0\nhigh 0\nmax 9\noom 3\noom_kill 1\noom_group_kill 0\n": true,
+		"low 0\nhigh 0\nmax 9\noom 3\noom_kill 0\noom_group_kill 1\n": false,
+		"": false,
+	} {
+		dir := t.TempDir()
+		if err := os.WriteFile(filepath.Join(dir, "memory.events"), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if got := oomKilled(dir); got != want {
+			t.Errorf("%q: %v", content, got)
+		}
+	}
+	if oomKilled("") || oomKilled(t.TempDir()) {
+		t.Error("an OOM kill without a memory controller")
+	}
+}
