@@ -24,14 +24,26 @@ type NodeGroup struct {
 	leaving sync.Mutex // one Leave at a time
 }
 
+// groupPrefix begins the name of each node's cgroup.
+const groupPrefix = "coracle-"
+
 func newNodeGroup(d Delegation, node string) *NodeGroup {
 	parent := group(d.Path)
-	return &NodeGroup{delegation: parent, node: parent.join("coracle-" + node), door: parent.join("coracle-" + node + ".door")}
+	return &NodeGroup{delegation: parent, node: parent.join(groupPrefix + node), door: parent.join(groupPrefix + node + ".door")}
 }
 
 // Path is the absolute directory of the node's cgroup. A start-up record that keeps Dir(Path) is enough for a
 // later RemoveStale, whatever cgroup the later process is in.
 func (g *NodeGroup) Path() string { return string(g.node) }
+
+// NodePath is the directory that Enter makes for the node: recorded before, it tells RemoveStale of an Enter that was
+// cut off.
+func (d Delegation) NodePath(node string) string { return string(newNodeGroup(d, node).node) }
+
+// NodeName is the name that NodePath made a path of.
+func NodeName(nodePath string) string {
+	return strings.TrimPrefix(filepath.Base(nodePath), groupPrefix)
+}
 
 // Enter makes Path/coracle-<node>, moves this process into it and enables the delegation's controllers for it. A
 // cgroup of that name from a crash is killed and removed first: the caller holds the node's lock. Processes
@@ -171,7 +183,7 @@ func (g *NodeGroup) disableUnused() error {
 			continue
 		}
 		alone = false
-		if strings.HasPrefix(filepath.Base(string(child)), "coracle-") {
+		if strings.HasPrefix(filepath.Base(string(child)), groupPrefix) {
 			return nil // another node's
 		}
 	}

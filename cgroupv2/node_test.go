@@ -56,6 +56,17 @@ func TestRemoveStale(t *testing.T) {
 	}
 }
 
+func TestThePathOfANodeIsKnownBeforeItEnters(t *testing.T) {
+	d := delegation(t)
+	want := d.NodePath(nodeName(t))
+	if got := NodeName(want); got != nodeName(t) {
+		t.Errorf("name %q of %s", got, want)
+	}
+	if g, _ := enter(t); g.Path() != want {
+		t.Errorf("entered %s, and %s was promised", g.Path(), want)
+	}
+}
+
 func TestRemoveStaleSparesItself(t *testing.T) {
 	enter(t)
 	pl, err := thisHost().locate()

@@ -150,7 +150,17 @@ func (p *publisher) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 	}
 }
 
+// publishWait bounds a request to publish one port.
+const publishWait = 10 * time.Second
+
+// publish brings its request to an end though the caller goes away: a request that is cut off may be served after
+// the undo has asked which ports there are, and the port would stay taken.
 func (p *publisher) publish(ctx context.Context, pod netip.Addr, m PortMapping) error {
+	if err := ctx.Err(); err != nil {
+		return fmt.Errorf("publish host port %s: %w", m, err)
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), publishWait)
+	defer cancel()
 	if _, err := p.api.PortManager().AddPort(ctx, m.spec(pod)); err != nil {
 		return fmt.Errorf("publish host port %s: %w", m, explainPublish(err, m))
 	}

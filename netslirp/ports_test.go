@@ -4,8 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
+	"net/http"
 	"net/netip"
+	"path/filepath"
+	"sync/atomic"
 	"testing"
+	"time"
 )
 
 func (p pod) addr() netip.Addr { return netip.MustParseAddr(p.ip) }
@@ -120,4 +125,34 @@ func TestSpec(t *testing.T) {
 			t.Errorf("%q: %+v", ip, s)
 		}
 	}
+}
+
+// TestPublishIsNotCutOff: a request that is left behind would be served after the undo has looked for ports.
+func TestPublishIsNotCutOff(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "api.sock")
+	listener, err := net.Listen("unix", socket)
+	must(t, err)
+	ctx, cancel := context.WithCancel(context.Background())
+	var served atomic.Bool
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		cancel()
+		time.Sleep(50 * time.Millisecond)
+		served.Store(true)
+		w.Header().Set("Content-Type", "application/json")
+		w.WriteHeader(http.StatusCreated)
+		_, _ = w.Write([]byte(`{"id":1,"spec":{}}`))
+	})}
+	done := make(chan error, 1)
+	go func() { done <- server.Serve(listener) }()
+	p := newPublisher(socket)
+	m := PortMapping{Protocol: "tcp", HostPort: 8080, ContainerPort: 80}
+	if err := p.publish(ctx, netip.MustParseAddr("10.88.0.2"), m); err != nil || !served.Load() {
+		t.Errorf("cut off: %v", err)
+	}
+	if err := p.publish(ctx, netip.MustParseAddr("10.88.0.2"), m); !errors.Is(err, context.Canceled) {
+		t.Errorf("began for a caller that is gone: %v", err)
+	}
+	p.close()
+	must(t, server.Close())
+	wantIs(t, <-done, http.ErrServerClosed, "closed")
 }

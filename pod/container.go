@@ -126,13 +126,11 @@ func (st containerStatus) reason() string {
 
 // change is the container's one transition.
 func (c *container) change(change func(*containerStatus)) error {
-	if err := c.status.transition(change); err != nil {
-		return err
-	}
+	err := c.status.fact(change)
 	if !c.status.snapshot().FinishedAt.IsZero() {
 		c.exitedOnce.Do(func() { close(c.exited) })
 	}
-	return nil
+	return err
 }
 
 // observe takes in what the keeper says. Facts arrive by events and by answers, in any order, and stamps are

@@ -40,7 +40,7 @@ func (s *Service) createContainer(ctx context.Context, req *runtimeapi.CreateCon
 		return "", err
 	}
 	back := &undo{}
-	back.push("name", func(context.Context) error { s.index.release(name); return nil })
+	back.push("name", func(context.Context) error { s.index.release(name, id); return nil })
 	if err := s.makeContainer(ctx, p, id, req.GetConfig(), back); err != nil {
 		err = fmt.Errorf("create container %q in pod %s: %w", req.GetConfig().GetMetadata().GetName(), p.spec.ID, err)
 		return "", errors.Join(err, back.run(ctx))
@@ -83,6 +83,9 @@ func (s *Service) makeContainer(ctx context.Context, p *pod, id string, config *
 	}
 	if spec.OCI, spec.NotApplied, err = ctr.BuildSpec(request); err != nil {
 		return err
+	}
+	if err := ctx.Err(); err != nil {
+		return fmt.Errorf("the caller is gone: %w", err) // and would never learn the id
 	}
 	c := newContainer(spec, dir, containerStatus{})
 	if err := c.status.save(); err != nil {

@@ -10,8 +10,8 @@
 //   - streamServer: exec, attach and port-forward over HTTP.
 //
 // State is computed from facts: stamps of what happened, and what the keeper tells about processes. A status
-// changes in one place (record.transition), which writes it to disk before readers see it. Reads never wait
-// for an operation.
+// changes in one place (record), which writes it to disk before readers see it, or, where it is a fact, even though
+// the disk refuses it. Reads never wait for an operation.
 //
 // Locks, in the order in which they may be taken: pod.op (one operation at a time on a pod and its containers,
 // held while leaves work), record.mu (one transition), index.mu (maps). StopContainer does not hold pod.op

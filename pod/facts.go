@@ -49,19 +49,14 @@ func sleep(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// observe takes in one fact. Nobody waits for the outcome, so an error goes to the log: the disk refused it, and
-// the next start of the daemon asks the keeper again.
+// observe takes in one fact.
 func (s *Service) observe(state ctr.State) {
 	c, p := s.index.observed(state.ID)
-	var err error
 	switch {
 	case c != nil:
-		err = c.observe(state)
+		s.recorded(state.ID, c.observe(state))
 	case p != nil && state.Exited():
-		err = p.stopped() // the pause process holds the pid namespace: without it no container can start
-	}
-	if err != nil {
-		s.cfg.Log.Error("record a container's state", "id", state.ID, "error", err)
+		s.recorded(state.ID, p.stopped()) // the pause process holds the pid namespace: without it no container can start
 	}
 }
 
@@ -89,10 +84,10 @@ func (s *Service) adopt(ctx context.Context) (seq uint64, err error) {
 	}
 	facts.boot = info.BootID
 	s.boot.Store(&info.BootID)
-	var errs []error
 	for _, p := range s.index.allPods() {
-		errs = append(errs, s.settlePod(p, facts))
+		s.settlePod(p, facts)
 	}
+	var errs []error
 	for _, c := range s.index.allContainers("") {
 		errs = append(errs, s.settleContainer(ctx, c, facts))
 	}
@@ -100,10 +95,10 @@ func (s *Service) adopt(ctx context.Context) (seq uint64, err error) {
 }
 
 // settlePod finds out whether a pod that was ready still is.
-func (s *Service) settlePod(p *pod, facts keeperFacts) error {
+func (s *Service) settlePod(p *pod, facts keeperFacts) {
 	st := p.status.snapshot()
 	if !st.ready() || st.ReadyAt.After(facts.asked) {
-		return nil
+		return
 	}
 	alive := st.BootID == facts.boot
 	if alive && p.sharesPID() {
@@ -114,10 +109,10 @@ func (s *Service) settlePod(p *pod, facts keeperFacts) error {
 		alive = alive && pinned(k.pin)
 	}
 	if alive {
-		return nil
+		return
 	}
 	s.cfg.Log.Warn("pod is not ready any more: its node, its pause process or its namespaces are gone", "pod", p.spec.ID)
-	return p.stopped()
+	s.recorded(p.spec.ID, p.stopped())
 }
 
 // settleContainer takes in what happened unseen. What the keeper knows counts, on whatever boot it was told.
@@ -130,12 +125,13 @@ func (s *Service) settleContainer(ctx context.Context, c *container, facts keepe
 		// A daemon died between create and start, or could not tell the keeper to end what it gave up.
 		return s.discard(ctx, c)
 	case known:
-		return c.observe(state)
+		s.recorded(c.spec.ID, c.observe(state))
 	case st.running() && st.StartedAt.Before(facts.asked):
+		why := "the keeper has no record of the container"
 		if _, p := s.index.observed(c.spec.PodID); p != nil && p.status.snapshot().BootID != facts.boot {
-			return c.lost("the node that it ran on ended")
+			why = "the node that it ran on ended"
 		}
-		return c.lost("the keeper has no record of the container")
+		s.recorded(c.spec.ID, c.lost(why))
 	}
 	return nil
 }

@@ -21,6 +21,14 @@ import (
 type failures struct {
 	mu   sync.Mutex
 	errs map[string]error
+	when map[string]func()
+}
+
+// on calls fn at every call of op.
+func (f *failures) on(op string, fn func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.when = map[string]func(){op: fn}
 }
 
 func (f *failures) set(op string, err error) {
@@ -34,8 +42,12 @@ func (f *failures) set(op string, err error) {
 
 func (f *failures) get(op string) error {
 	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.errs[op]
+	fn, err := f.when[op], f.errs[op]
+	f.mu.Unlock()
+	if fn != nil {
+		fn()
+	}
+	return err
 }
 
 // fakeNetwork gives out addresses, brings the loopback of real namespaces up, and opens real sockets in them.
@@ -60,6 +72,13 @@ func (n *fakeNetwork) Attach(ctx context.Context, req netslirp.AttachRequest) (n
 	n.next++
 	n.attached[req.PodID] = req
 	return netslirp.Attachment{IP: fmt.Sprintf("10.88.0.%d", n.next), AdditionalIPs: []string{fmt.Sprintf("fd00::%d", n.next)}}, nil
+}
+
+// has tells whether any pod is attached.
+func (n *fakeNetwork) has() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return len(n.attached) > 0
 }
 
 func (n *fakeNetwork) Detach(_ context.Context, podID, _ string) error {

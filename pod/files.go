@@ -14,6 +14,23 @@ import (
 // shmOptions: 64 MiB as in Docker and the other runtimes of the CRI.
 const shmOptions = "mode=1777,size=65536k"
 
+// etcOptions leave room for the longest /etc/hosts that people keep, and for no more.
+const etcOptions = "mode=0755,size=16m,nr_inodes=16"
+
+func (p *pod) etcDir() string { return filepath.Join(p.dir, "etc") }
+
+// mountEtc makes a filesystem for the files that containers find at /etc. Containers may write to them without end,
+// and the runtime directory, small and the whole user's, is where the node keeps what it must be able to write.
+func (p *pod) mountEtc() error {
+	if err := os.MkdirAll(p.etcDir(), 0o755); err != nil {
+		return fmt.Errorf("make directory of pod files: %w", err)
+	}
+	if err := unix.Mount("etc", p.etcDir(), "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, etcOptions); err != nil {
+		return fmt.Errorf("mount pod files: %w", err)
+	}
+	return nil
+}
+
 // writeFiles makes what the containers get at /etc/resolv.conf and /etc/hostname. They are content of the pod
 // and no records: a pod whose making is cut off is taken down, not read.
 func (s *Service) writeFiles(p *pod) error {
@@ -70,13 +87,13 @@ func (p *pod) mountShm() error {
 	return nil
 }
 
-// unmountAll takes down the namespaces' pins and shm. Idempotent.
+// unmountAll takes down the namespaces' pins, shm and the pod's files. Idempotent.
 func (p *pod) unmountAll() error {
 	return unmountPodDir(p.dir)
 }
 
 func unmountPodDir(dir string) error {
-	errs := []error{unpin(filepath.Join(dir, "shm"))}
+	errs := []error{unpin(filepath.Join(dir, "shm")), unpin(filepath.Join(dir, "etc"))}
 	for _, kind := range []string{"net", "ipc", "uts", "pid"} {
 		errs = append(errs, unpin(filepath.Join(dir, "ns", kind)))
 	}

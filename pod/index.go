@@ -50,10 +50,17 @@ func (x *index) reserve(name, id string) error {
 	return nil
 }
 
-func (x *index) release(name string) {
+func (x *index) release(name, id string) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	delete(x.names, name)
+	x.releaseLocked(name, id)
+}
+
+// releaseLocked leaves alone a name that another id has taken since.
+func (x *index) releaseLocked(name, id string) {
+	if x.names[name] == id {
+		delete(x.names, name)
+	}
 }
 
 func (x *index) addPod(p *pod) {
@@ -74,14 +81,14 @@ func (x *index) dropPod(p *pod) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	delete(x.pods, p.spec.ID)
-	delete(x.names, podName(p.spec.Config.GetMetadata()))
+	x.releaseLocked(podName(p.spec.Config.GetMetadata()), p.spec.ID)
 }
 
 func (x *index) dropContainer(c *container) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	delete(x.containers, c.spec.ID)
-	delete(x.names, containerName(c.spec.PodID, c.spec.Config.GetMetadata()))
+	x.releaseLocked(containerName(c.spec.PodID, c.spec.Config.GetMetadata()), c.spec.ID)
 }
 
 // pod finds by id or by a prefix that fits one pod.

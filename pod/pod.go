@@ -65,7 +65,7 @@ func (st podStatus) state() runtimeapi.PodSandboxState {
 
 // stopped makes the pod NotReady; it says nothing about what is still held.
 func (p *pod) stopped() error {
-	return p.status.transition(func(st *podStatus) {
+	return p.status.fact(func(st *podStatus) {
 		if st.StoppedAt.IsZero() {
 			st.StoppedAt = time.Now()
 		}
@@ -96,9 +96,9 @@ func (s *Service) netNS(p *pod) string {
 // files are the paths that containers find at /etc and /dev/shm.
 func (p *pod) files() ctr.PodFiles {
 	f := ctr.PodFiles{
-		ResolvConf: filepath.Join(p.dir, "resolv.conf"),
-		Hosts:      filepath.Join(p.dir, "hosts"),
-		Hostname:   filepath.Join(p.dir, "hostname"),
+		ResolvConf: filepath.Join(p.etcDir(), "resolv.conf"),
+		Hosts:      filepath.Join(p.etcDir(), "hosts"),
+		Hostname:   filepath.Join(p.etcDir(), "hostname"),
 		Shm:        filepath.Join(p.dir, "shm"),
 	}
 	if p.hostIPC() {

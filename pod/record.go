@@ -29,19 +29,35 @@ func (r *record[T]) save() error {
 	return saveStatus(r.path, *r.cur.Load())
 }
 
-// transition is the only way to a new status: it is on disk before it is seen. Where the disk refuses, the old
-// status stands.
+// transition is the way to a status that an operation has brought about: it is on disk before it is seen. Where
+// the disk refuses, the old status stands, and the operation is undone.
 func (r *record[T]) transition(change func(*T)) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	next, err := r.write(change)
+	if err == nil {
+		r.cur.Store(&next)
+	}
+	return err
+}
+
+// fact takes in what nobody can undo: that a process runs or has ended, that something was given back. It is seen
+// even where the disk refuses it; the error only says that it is not on disk. A full runtime directory must not
+// turn the dead into the living, whom nobody could stop or remove, and a daemon that comes back asks the keeper.
+func (r *record[T]) fact(change func(*T)) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	next, err := r.write(change)
+	r.cur.Store(&next)
+	return err
+}
+
+// write is called with mu held.
+func (r *record[T]) write(change func(*T)) (T, error) {
 	next := *r.cur.Load()
 	change(&next)
 	if reflect.DeepEqual(next, *r.cur.Load()) {
-		return nil // a fact that came twice
+		return next, nil // a fact that came twice
 	}
-	if err := saveStatus(r.path, next); err != nil {
-		return err
-	}
-	r.cur.Store(&next)
-	return nil
+	return next, saveStatus(r.path, next)
 }

@@ -47,8 +47,8 @@ func (s *Service) loadPods(ctx context.Context) error {
 			status = podStatus{ReadyAt: spec.CreatedAt, StoppedAt: time.Now()}
 		}
 		p := newPod(spec, dir, status)
-		if err := p.status.save(); err != nil {
-			return err
+		if !known {
+			s.recorded(id, p.status.save()) // a full disk must not keep the daemon, which could make room, from starting
 		}
 		if !p.visible() {
 			s.log("take back half-made pod", id, s.takeBack(ctx, p))
@@ -64,7 +64,13 @@ func (s *Service) takeBack(ctx context.Context, p *pod) error {
 	if err := s.releasePod(ctx, p); err != nil {
 		return err
 	}
-	if cgroup := p.status.snapshot().Cgroup; cgroup != "" {
+	cgroup := p.status.snapshot().Cgroup
+	if cgroup == "" && s.deps.Cgroups.Usable() {
+		// The daemon may have died between making it and recording it. Making it again tells its path; where that
+		// fails, as for a parent that cannot be, it could not be made before either.
+		cgroup, _ = s.deps.Cgroups.MakePod(p.spec.Config.GetLinux().GetCgroupParent(), p.spec.ID)
+	}
+	if cgroup != "" {
 		if err := s.deps.Cgroups.RemovePod(cgroup); err != nil {
 			return err
 		}
@@ -89,13 +95,8 @@ func (s *Service) loadContainers(ctx context.Context) error {
 		}
 		status, known := loadStatus[containerStatus](s.store, dir)
 		c := newContainer(spec, dir, status)
-		if err := c.status.save(); err != nil {
-			return err
-		}
 		if !known {
-			if err := c.lost("its status was lost with the node's runtime directory"); err != nil {
-				return err
-			}
+			s.recorded(id, c.lost("its status was lost with the node's runtime directory"))
 		}
 		s.index.addContainer(c)
 	}

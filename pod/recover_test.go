@@ -1,6 +1,7 @@
 package pod
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -187,7 +188,59 @@ func TestHalfMade(t *testing.T) {
 		t.Errorf("container: %v", st)
 	}
 	h.start(id)
-	must(os.Remove(h.store.podSpecPath("torn") + ".tmp"))
+	if _, err := os.Stat(h.store.podSpecPath("torn") + tempSuffix); err == nil {
+		t.Error("a half-written record is left")
+	}
+}
+
+// TestHalfMadeCgroup: the daemon died after it had made the pod's cgroup, and before it could record it.
+func TestHalfMadeCgroup(t *testing.T) {
+	h := newHarness(t)
+	spec := podSpec{ID: newID(), CreatedAt: time.Now(), Hostname: "half", Config: podConfig{h.podConfig("half")}}
+	half := newPod(spec, h.store.podDir(spec.ID), podStatus{BootID: h.bootID()})
+	h.restart(func() {
+		_, cgroupErr := h.cgroups.MakePod("", spec.ID)
+		if err := errors.Join(os.Mkdir(half.dir, 0o711), half.status.save(), saveSpec(h.store.podSpecPath(spec.ID), spec), cgroupErr); err != nil {
+			t.Fatal(err)
+		}
+	})
+	h.checkNothingLeft()
+}
+
+// TestRuntimeDirFull: what a full disk refuses to record has happened all the same. Nothing that ended may seem to
+// live on, and all can be stopped and removed, which is what makes room.
+func TestRuntimeDirFull(t *testing.T) {
+	h := newHarness(t)
+	config := h.podConfig("p")
+	config.Linux.SecurityContext.NamespaceOptions.Pid = modePod
+	pod := h.run(config)
+	a, b := h.launchIn(pod, "a", "sleep 1000"), h.launchIn(pod, "b", "sleep 1000")
+	for _, dir := range []string{h.store.podDir(pod), h.store.containerDir(a), h.store.containerDir(b)} {
+		// A temporary file that can be neither written nor removed.
+		if err := os.MkdirAll(filepath.Join(statusPath(dir)+tempSuffix, "full"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := h.keeper.Kill(h.ctx(), a, unix.SIGKILL, true); err != nil {
+		t.Fatal(err)
+	}
+	if st := h.exited(a); st.ExitCode != 137 {
+		t.Errorf("a: %v", st)
+	}
+	h.restart(nil)
+	if st := h.status(a); st.State != runtimeapi.ContainerState_CONTAINER_EXITED || st.ExitCode != 137 {
+		t.Errorf("a after a restart: %v", st)
+	}
+	h.stop(b, 0)
+	if st := h.status(b); st.State != runtimeapi.ContainerState_CONTAINER_EXITED {
+		t.Errorf("b: %v", st)
+	}
+	if _, err := h.StopPodSandbox(h.ctx(), &runtimeapi.StopPodSandboxRequest{PodSandboxId: pod}); err != nil {
+		t.Error(err)
+	}
+	if st := h.sandbox(pod); st.State != runtimeapi.PodSandboxState_SANDBOX_NOTREADY {
+		t.Errorf("pod: %v", st)
+	}
 }
 
 func TestUnreadableRecord(t *testing.T) {
@@ -252,5 +305,8 @@ func TestStoreWritesWhole(t *testing.T) {
 	}
 	if err := r.transition(func(st *containerStatus) { st.Pid = 3 }); err == nil || r.snapshot().Pid != 2 {
 		t.Errorf("published what the disk refused: %+v %v", r.snapshot(), err)
+	}
+	if err := r.fact(func(st *containerStatus) { st.Pid = 4 }); err == nil || r.snapshot().Pid != 4 {
+		t.Errorf("a fact that the disk refused: %+v %v", r.snapshot(), err)
 	}
 }

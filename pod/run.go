@@ -40,7 +40,7 @@ func (s *Service) runPod(ctx context.Context, req *runtimeapi.RunPodSandboxReque
 	}
 	p := newPod(spec, s.store.podDir(spec.ID), podStatus{BootID: s.bootID()})
 	back := &undo{}
-	back.push("name", func(context.Context) error { s.index.release(name); return nil })
+	back.push("name", func(context.Context) error { s.index.release(name, spec.ID); return nil })
 	if err := s.makePod(ctx, p, back); err != nil {
 		return "", errors.Join(fmt.Errorf("run pod %s: %w", spec.ID, err), back.run(ctx))
 	}
@@ -75,12 +75,18 @@ func (s *Service) makePod(ctx context.Context, p *pod, back *undo) error {
 		return err
 	}
 	back.push("mounts", func(context.Context) error { return p.unmountAll() })
+	if err := p.mountEtc(); err != nil {
+		return err
+	}
 	if err := p.ownNamespaces().make(); err != nil {
 		return err
 	}
 	facts, err := s.furnish(ctx, p, back)
 	if err != nil {
 		return err
+	}
+	if err := ctx.Err(); err != nil {
+		return fmt.Errorf("the caller is gone: %w", err) // and would never learn the id
 	}
 	err = p.status.transition(func(st *podStatus) {
 		st.IP, st.AdditionalIPs, st.PausePid = facts.net.IP, facts.net.AdditionalIPs, facts.pause

@@ -1,12 +1,14 @@
 package pod
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
@@ -155,7 +157,7 @@ func TestSandboxLife(t *testing.T) {
 	for file, want := range map[string]string{
 		"resolv.conf": "nameserver 10.96.0.10", "hostname": "web\n", "hosts": "10.88.0.1\tweb",
 	} {
-		raw, err := os.ReadFile(filepath.Join(dir, file))
+		raw, err := os.ReadFile(filepath.Join(dir, "etc", file))
 		if err != nil || !strings.Contains(string(raw), want) {
 			t.Errorf("%s: %q %v", file, raw, err)
 		}
@@ -219,6 +221,69 @@ func TestSandboxUndo(t *testing.T) {
 	_, err := h.tryRun(shared)
 	wantCode(t, err, codes.InvalidArgument)
 	h.checkNothingLeft()
+}
+
+// TestCallerGone: who hung up never learns the id, so nothing may be left under it.
+func TestCallerGone(t *testing.T) {
+	h := newHarness(t)
+	ctx, cancel := context.WithCancel(h.ctx())
+	h.network.on("resolv", func() {
+		for !h.network.has() { // so that this is the last that RunPodSandbox asks of anybody
+			time.Sleep(time.Millisecond)
+		}
+		cancel()
+	})
+	_, err := h.RunPodSandbox(ctx, &runtimeapi.RunPodSandboxRequest{Config: h.podConfig("p")})
+	wantCode(t, err, codes.Canceled)
+	h.checkNothingLeft()
+	h.network.on("resolv", nil)
+	pod := h.run(h.podConfig("p"))
+	ctx, cancel = context.WithCancel(h.ctx())
+	h.images.on("mount", cancel)
+	_, err = h.CreateContainer(ctx, &runtimeapi.CreateContainerRequest{PodSandboxId: pod, Config: shell("c", "")})
+	wantCode(t, err, codes.Canceled)
+	if all := h.listContainers(nil); len(all) > 0 || len(h.images.mounted) > 0 {
+		t.Errorf("left: %v %v", all, h.images.mounted)
+	}
+	h.images.on("mount", nil)
+	h.create(pod, shell("c", ""))
+}
+
+// TestNamesHaveOwners: the undo of one call may come after another call has taken the name.
+func TestNamesHaveOwners(t *testing.T) {
+	x := newIndex()
+	if err := x.reserve("name", "first"); err != nil {
+		t.Fatal(err)
+	}
+	x.release("name", "first")
+	if err := x.reserve("name", "second"); err != nil {
+		t.Fatal(err)
+	}
+	x.release("name", "first")
+	if err := x.reserve("name", "third"); !errors.Is(err, errExists) {
+		t.Errorf("a name was given twice: %v", err)
+	}
+}
+
+// TestPodFilesAreBounded: a container that writes to /etc/hosts without end must not fill the runtime directory.
+func TestPodFilesAreBounded(t *testing.T) {
+	h := newHarness(t)
+	p, err := h.index.pod(h.run(h.podConfig("p")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{p.files().Hosts, p.files().Hostname, p.files().ResolvConf} {
+		var here, runtime unix.Stat_t
+		if err := errors.Join(unix.Stat(path, &here), unix.Stat(h.cfg.RuntimeDir, &runtime)); err != nil {
+			t.Fatal(err)
+		}
+		if here.Dev == runtime.Dev {
+			t.Errorf("%s is on the filesystem of the runtime directory", path)
+		}
+	}
+	if err := os.WriteFile(p.files().Hosts, make([]byte, 20<<20), 0o644); !errors.Is(err, unix.ENOSPC) {
+		t.Errorf("20 MiB of hosts: %v", err)
+	}
 }
 
 func TestStopPodRetries(t *testing.T) {

@@ -43,11 +43,17 @@ func (s *Service) stopPodLocked(ctx context.Context, p *pod) error {
 		return err
 	}
 	if p.status.snapshot().ready() {
-		if err := p.stopped(); err != nil {
-			return err
-		}
+		s.recorded(p.spec.ID, p.stopped())
 	}
 	return s.releasePod(ctx, p)
+}
+
+// recorded reports a fact that the disk refused. It is no reason to stop: to give things back may be what makes
+// room, and the next start of the daemon finds the fact out again.
+func (s *Service) recorded(id string, err error) {
+	if err != nil {
+		s.cfg.Log.Error("state is not on disk", "id", id, "error", err)
+	}
 }
 
 // releasePod gives back all but the records, the log directory and the cgroup. Idempotent.
@@ -68,7 +74,8 @@ func (s *Service) releasePod(ctx context.Context, p *pod) error {
 	if err := p.unmountAll(); err != nil {
 		return err
 	}
-	return p.status.transition(func(st *podStatus) { st.Released = true })
+	s.recorded(p.spec.ID, p.status.fact(func(st *podStatus) { st.Released = true }))
+	return nil
 }
 
 // kill ends a container at once, and waits until its end is recorded.
@@ -96,7 +103,8 @@ func (s *Service) kill(ctx context.Context, c *container) error {
 func (s *Service) signal(ctx context.Context, c *container, sig syscall.Signal, all bool) error {
 	err := s.deps.Containers.Kill(ctx, c.spec.ID, sig, all)
 	if isGone(err) {
-		return c.lost("the keeper has no record of the container")
+		s.recorded(c.spec.ID, c.lost("the keeper has no record of the container"))
+		return nil
 	}
 	if err != nil {
 		return fmt.Errorf("signal container %s: %w", c.spec.ID, err)

@@ -58,12 +58,14 @@ func saveSpec[T any](path string, record T) error { return replace(path, record,
 // page cache outlives a daemon that is killed, and when the kernel dies the node has died with it.
 func saveStatus[T any](path string, record T) error { return replace(path, record, false) }
 
+const tempSuffix = ".tmp"
+
 func replace[T any](path string, record T, synced bool) error {
 	raw, err := json.Marshal(envelope[T]{recordVersion, record})
 	if err != nil {
 		return fmt.Errorf("encode %s: %w", path, err)
 	}
-	tmp := path + ".tmp"
+	tmp := path + tempSuffix
 	if err := write(tmp, raw, synced); err != nil {
 		return errors.Join(err, os.Remove(tmp))
 	}
@@ -104,8 +106,8 @@ func loadRecord[T any](path string) (T, error) {
 	return e.Record, nil
 }
 
-// loadAll reads every record of a directory. An unreadable one is set aside, with its path in the log, so that
-// one broken file does not keep a node from starting.
+// loadAll reads every record of a directory, and sweeps what a daemon that died was writing. An unreadable record is
+// set aside, with its path in the log, so that one broken file does not keep a node from starting.
 func loadAll[T any](s *store, dir string) (map[string]T, error) {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
@@ -113,11 +115,17 @@ func loadAll[T any](s *store, dir string) (map[string]T, error) {
 	}
 	all := make(map[string]T, len(entries))
 	for _, e := range entries {
+		path := filepath.Join(dir, e.Name())
+		if strings.HasSuffix(e.Name(), tempSuffix) {
+			if err := remove(path); err != nil {
+				return nil, fmt.Errorf("sweep half-written record: %w", err)
+			}
+			continue
+		}
 		id, ok := strings.CutSuffix(e.Name(), ".json")
 		if !ok || e.IsDir() {
 			continue
 		}
-		path := filepath.Join(dir, e.Name())
 		record, err := loadRecord[T](path)
 		if err != nil {
 			s.setAside(path, err)

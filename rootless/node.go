@@ -1,10 +1,14 @@
 package rootless
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
+	"net/url"
 	"os"
 	"path/filepath"
 	"regexp"
+	"syscall"
 )
 
 // DefaultName is the node that is meant when no name is given.
@@ -55,8 +59,16 @@ func NewNode(name string, getenv func(string) string) (Node, error) {
 // Socket is the CRI endpoint of the node.
 func (n Node) Socket() string { return filepath.Join(n.RuntimeDir, "coracle.sock") }
 
-// Endpoint is Socket as a URL, as CONTAINER_RUNTIME_ENDPOINT wants it.
-func (n Node) Endpoint() string { return "unix://" + n.Socket() }
+// Endpoint is Socket as a URL, as CONTAINER_RUNTIME_ENDPOINT wants it: clients decode its path, so that a blank in a
+// directory's name comes through, also through the shell that the line to export is for.
+func (n Node) Endpoint() string { return (&url.URL{Scheme: "unix", Path: n.Socket()}).String() }
+
+// CgroupName names the node's cgroup in a delegated subtree. Nodes of the same name with other runtime directories (two
+// CI jobs of one user) share that subtree, and none may take the other's cgroup for one that a crash left.
+func (n Node) CgroupName() string {
+	sum := sha256.Sum256([]byte(n.RuntimeDir))
+	return n.Name + "-" + hex.EncodeToString(sum[:4])
+}
 
 // KeeperSocket is where the daemon reaches the keeper.
 func (n Node) KeeperSocket() string { return filepath.Join(n.RuntimeDir, "keeper.sock") }
@@ -76,11 +88,28 @@ func (n Node) LogFile() string { return filepath.Join(n.DataDir, "node.log") }
 func (n Node) recordFile() string { return filepath.Join(n.RuntimeDir, "node.json") }
 func (n Node) lockFile() string   { return filepath.Join(n.DataDir, "lock") }
 
-// MakeDirs makes both directories, 0700.
+// MakeDirs makes both directories, 0700. One that is there must be this user's, and is closed to others: in a place
+// that all may write, such as /tmp, somebody else could have made it first.
 func (n Node) MakeDirs() error {
 	for _, dir := range []string{n.RuntimeDir, n.DataDir} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return fmt.Errorf("make directory: %w", err)
+		}
+		// The directory, and the symbolic link that may lead to it.
+		for _, stat := range []func(string) (os.FileInfo, error){os.Lstat, os.Stat} {
+			info, err := stat(dir)
+			if err != nil {
+				return fmt.Errorf("make directory: %w", err)
+			}
+			if st, ok := info.Sys().(*syscall.Stat_t); ok && int(st.Uid) != os.Geteuid() {
+				return &Problem{Check: "directories", Cause: fmt.Sprintf("%s belongs to uid %d and not to you", dir, st.Uid),
+					Fix: runtimeHomeFix()}
+			}
+			if info.IsDir() && info.Mode().Perm()&0o077 != 0 {
+				if err := os.Chmod(dir, 0o700); err != nil {
+					return fmt.Errorf("make directory private: %w", err)
+				}
+			}
 		}
 	}
 	return nil

@@ -3,10 +3,15 @@ package rootless
 import (
 	"errors"
 	"io/fs"
+	"net/url"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 func env(vars map[string]string) func(string) string {
@@ -84,6 +89,54 @@ func testNode(t *testing.T) Node {
 	return n
 }
 
+func TestDirectoriesArePrivateToTheUser(t *testing.T) {
+	n := testNode(t)
+	if err := os.Chmod(n.RuntimeDir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.MakeDirs(); err != nil {
+		t.Fatal(err)
+	}
+	if info, err := os.Stat(n.RuntimeDir); err != nil || info.Mode().Perm() != 0o700 {
+		t.Errorf("a directory that was open to all is left %v, %v", info.Mode(), err)
+	}
+	// Somebody else's, as found in a place that all may write; and a link of ours to it.
+	var p *Problem
+	n.RuntimeDir = "/proc/1"
+	if os.Geteuid() == 0 {
+		n.RuntimeDir = t.TempDir()
+		if err := os.Chown(n.RuntimeDir, 1, 1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	foreign := n.RuntimeDir
+	if err := n.MakeDirs(); !errors.As(err, &p) {
+		t.Errorf("another user's directory: %v", err)
+	}
+	n.RuntimeDir = filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink(foreign, n.RuntimeDir); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.MakeDirs(); !errors.As(err, &p) {
+		t.Errorf("a link to another user's directory: %v", err)
+	}
+}
+
+// Blanks must come through a shell and through the clients, which take the endpoint for a URL.
+func TestAnEndpointWithBlanksIsAURL(t *testing.T) {
+	n := Node{Name: "default", RuntimeDir: "/run/my node"}
+	if u, err := url.Parse(n.Endpoint()); err != nil || u.Scheme != "unix" || u.Host != "" || u.Path != n.Socket() || strings.Contains(n.Endpoint(), " ") {
+		t.Errorf("%s: %+v, %v", n.Endpoint(), u, err)
+	}
+}
+
+func TestNodesWithOtherDirectoriesHaveOtherCgroups(t *testing.T) {
+	a, b := Node{Name: "ci", RuntimeDir: "/run/a"}, Node{Name: "ci", RuntimeDir: "/run/b"}
+	if a.CgroupName() == b.CgroupName() || !strings.HasPrefix(a.CgroupName(), "ci-") {
+		t.Errorf("%s, %s", a.CgroupName(), b.CgroupName())
+	}
+}
+
 func TestARecordTellsWhetherItsProcessLives(t *testing.T) {
 	n := testNode(t)
 	if _, err := n.ReadRecord(); !errors.Is(err, fs.ErrNotExist) {
@@ -133,6 +186,53 @@ func TestOneNodeHasOneHolder(t *testing.T) {
 	}
 	if _, err := os.Stat(n.RuntimeDir); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("after the sweep: %v", err)
+	}
+}
+
+// The starter of a detached node holds its lock until the node itself does, without a moment in which nobody has it.
+func TestALockIsHandedOver(t *testing.T) {
+	n := testNode(t)
+	lock, err := n.TryLock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("cat")
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	lock.HandOver(cmd)
+	if err := errors.Join(cmd.Start(), lock.Release()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.TryLock(); !errors.Is(err, ErrUp) {
+		t.Errorf("while the other process lives: %v", err)
+	}
+	if err := errors.Join(stdin.Close(), cmd.Wait()); err != nil {
+		t.Fatal(err)
+	}
+	again, err := n.TryLock()
+	if err != nil {
+		t.Fatalf("after its end: %v", err)
+	}
+	// As that process takes it: by its descriptor, with no second open.
+	fd, err := unix.Dup(int(again.file.Fd()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv(lockEnv, strconv.Itoa(fd))
+	taken, err := n.TryLock()
+	if err != nil || os.Getenv(lockEnv) != "" {
+		t.Fatalf("taken over: %v; the variable is %q", err, os.Getenv(lockEnv))
+	}
+	if err := again.Release(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.TryLock(); !errors.Is(err, ErrUp) {
+		t.Errorf("beside the one that took it over: %v", err)
+	}
+	if err := taken.Release(); err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -90,6 +91,9 @@ type Lock struct{ file *os.File }
 // TryLock takes the node's lock, ErrUp where another process holds it. The file lies in the data directory,
 // which two nodes never share and which is never swept.
 func (n Node) TryLock() (*Lock, error) {
+	if lock := n.handedOver(); lock != nil {
+		return lock, nil
+	}
 	f, err := os.OpenFile(n.lockFile(), os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("open lock: %w", err)
@@ -102,6 +106,31 @@ func (n Node) TryLock() (*Lock, error) {
 		return nil, fmt.Errorf("lock %s: %w", n.lockFile(), err)
 	}
 	return &Lock{file: f}, nil
+}
+
+// lockEnv names the descriptor of a lock that was handed over.
+const lockEnv = "_CORACLE_LOCK_FD"
+
+// HandOver lets cmd, which is not started yet, take the lock by its TryLock. A lock of flock(2) is the open file's,
+// which a child shares: it is held all the way, and Release then lets go of this process's part.
+func (l *Lock) HandOver(cmd *exec.Cmd) {
+	cmd.ExtraFiles = append(cmd.ExtraFiles, l.file)
+	cmd.Env = append(cmd.Environ(), fmt.Sprintf("%s=%d", lockEnv, 2+len(cmd.ExtraFiles)))
+}
+
+// handedOver takes the lock that the process before has handed over, once; nil where there is none.
+func (n Node) handedOver() *Lock {
+	fd, err := strconv.Atoi(os.Getenv(lockEnv))
+	_ = os.Unsetenv(lockEnv) // it is nobody else's; the name is valid
+	if err != nil || fd < 3 {
+		return nil
+	}
+	var ours, theirs unix.Stat_t
+	if unix.Fstat(fd, &theirs) != nil || unix.Stat(n.lockFile(), &ours) != nil || ours.Dev != theirs.Dev || ours.Ino != theirs.Ino {
+		return nil
+	}
+	unix.CloseOnExec(fd)
+	return &Lock{file: os.NewFile(uintptr(fd), n.lockFile())}
 }
 
 // Release lets go of the lock.

@@ -47,6 +47,9 @@ func run(args []string) error {
 	if *dir == "" {
 		return fmt.Errorf("--runtime-dir is missing")
 	}
+	if err := keeper.LeaveKeyring(); err != nil {
+		return err
+	}
 	level := slog.LevelInfo
 	if *verbose {
 		level = slog.LevelDebug

@@ -215,6 +215,26 @@ func (s *settings) readFile(c *config) error {
 	if err := yaml.UnmarshalStrict(raw, c); err != nil {
 		return fmt.Errorf("read configuration %s: %w; `coracle config` lists the keys", file, err)
 	}
+	return c.anchor(file)
+}
+
+// anchor makes the file's relative paths absolute: they are meant from where the file is.
+func (c *config) anchor(file string) error {
+	dir, err := filepath.Abs(filepath.Dir(file))
+	if err != nil {
+		return fmt.Errorf("read configuration: %w", err)
+	}
+	from := func(path string) string {
+		if path == "" || filepath.IsAbs(path) {
+			return path
+		}
+		return filepath.Join(dir, path)
+	}
+	c.Images.DockerConfig = from(c.Images.DockerConfig)
+	for host, registry := range c.Registries {
+		registry.CAFile = from(registry.CAFile)
+		c.Registries[host] = registry
+	}
 	return nil
 }
 

@@ -47,6 +47,19 @@ func TestFlagsBeatVariablesBeatFileBeatDefaults(t *testing.T) {
 	}
 }
 
+func TestPathsOfTheFileAreMeantFromItsDirectory(t *testing.T) {
+	c, err := resolve(t, "images: {dockerConfig: auth.json}\nregistries: {a: {caFile: ca.pem}, b: {caFile: /etc/ca.pem}}\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !filepath.IsAbs(c.Images.DockerConfig) || filepath.Dir(c.Images.DockerConfig) != filepath.Dir(c.Registries["a"].CAFile) {
+		t.Errorf("%q, %q", c.Images.DockerConfig, c.Registries["a"].CAFile)
+	}
+	if got := c.Registries["b"].CAFile; got != "/etc/ca.pem" {
+		t.Errorf("absolute path became %q", got)
+	}
+}
+
 func TestABadSettingIsNamed(t *testing.T) {
 	for _, c := range []struct {
 		file string

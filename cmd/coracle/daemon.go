@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
 
 	"github.com/coracle-cri/coracle/cgroupv2"
 	"github.com/coracle-cri/coracle/ctr"
@@ -88,10 +89,10 @@ func runDaemon(ctx context.Context, c config, node rootless.Node) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, service.Close()) }()
-	return serve(ctx, node, service, images.NewService(store), store, log)
+	return serve(ctx, node, newServer(service, images.NewService(store), log), &http.Server{Handler: adminHandler(store), ReadHeaderTimeout: 5 * time.Second}, log)
 }
 
-func serve(ctx context.Context, node rootless.Node, service *pod.Service, imageService *images.Service, store *images.Store, log *slog.Logger) error {
+func serve(ctx context.Context, node rootless.Node, server *grpc.Server, adminServer *http.Server, log *slog.Logger) error {
 	cri, err := listenCRI(node.Socket())
 	if err != nil {
 		return err
@@ -100,8 +101,6 @@ func serve(ctx context.Context, node rootless.Node, service *pod.Service, imageS
 	if err != nil {
 		return errors.Join(err, cri.Close())
 	}
-	server := newServer(service, imageService, log)
-	adminServer := &http.Server{Handler: adminHandler(store), ReadHeaderTimeout: 5 * time.Second}
 	failed := make(chan error, 2)
 	go func() { failed <- server.Serve(cri) }()
 	go func() { failed <- adminServer.Serve(admin) }()

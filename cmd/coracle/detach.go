@@ -6,11 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"os"
 	"strings"
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -29,6 +31,15 @@ func withoutDetach(args []string) []string {
 		}
 	}
 	return out
+}
+
+// keepDescriptors keeps what this process has inherited beyond its standard streams from the node: whoever reads the
+// other end of such a pipe, or waits for such a lock, would wait as long as the node lives.
+func keepDescriptors() error {
+	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil && !errors.Is(err, unix.ENOSYS) && !errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("keep descriptors from the node: %w", err) // Linux 5.11 has it, and a node works without
+	}
+	return nil
 }
 
 // newLogFile opens an empty log and keeps the one before as .1.

@@ -19,6 +19,9 @@ import (
 // endTimeout bounds the wait for a node's parent after SIGTERM, and again after SIGKILL.
 const endTimeout = 15 * time.Second
 
+// sweepTimeout bounds the wait for another process that sweeps.
+const sweepTimeout = 2 * time.Second
+
 func downCommand(s *settings) *cobra.Command {
 	var grace time.Duration
 	cmd := &cobra.Command{
@@ -91,6 +94,10 @@ func sweepDown(node rootless.Node) (swept bool, err error) {
 		return false, err
 	}
 	lock, err := node.TryLock()
+	// Another `coracle down` may be sweeping at this moment.
+	for deadline := time.Now().Add(sweepTimeout); errors.Is(err, rootless.ErrUp) && time.Now().Before(deadline); lock, err = node.TryLock() {
+		time.Sleep(10 * time.Millisecond)
+	}
 	if err != nil {
 		return false, explainLock(node, err)
 	}

@@ -11,7 +11,6 @@ import (
 	"runtime/debug"
 	"time"
 
-	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/keepalive"
@@ -84,11 +83,13 @@ func listenCRI(path string) (net.Listener, error) {
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("remove stale socket: %w", err)
 	}
-	before := unix.Umask(0o177) // no moment in which others could connect
-	defer unix.Umask(before)
 	l, err := net.Listen("unix", path)
 	if err != nil {
-		return nil, fmt.Errorf("listen on the CRI socket: %w", err)
+		return nil, fmt.Errorf("listen: %w", err)
+	}
+	// The directory is 0700, so nobody else connects before the chmod either.
+	if err := os.Chmod(path, 0o600); err != nil {
+		return nil, errors.Join(fmt.Errorf("restrict socket: %w", err), l.Close())
 	}
 	return l, nil
 }

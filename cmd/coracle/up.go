@@ -9,10 +9,12 @@ import (
 	"log/slog"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/coracle-cri/coracle/cgroupv2"
 	"github.com/coracle-cri/coracle/netslirp"
@@ -96,6 +98,17 @@ func runNode(c config, node rootless.Node, out io.Writer) (err error) {
 		return explainLock(node, err)
 	}
 	defer func() { err = errors.Join(err, lock.Release()) }()
+	interrupted, release := holdSignals()
+	defer release()
+	err = runLocked(interrupted, c, node, out)
+	if err != nil && interrupted.Err() != nil {
+		return errInterrupted // the error is about what the signal cut off
+	}
+	return err
+}
+
+// runLocked takes over from a dead predecessor, finds a cgroup, and is the node's parent until the node ends.
+func runLocked(interrupted context.Context, c config, node rootless.Node, out io.Writer) (err error) {
 	if err := sweep(node); err != nil {
 		return err
 	}
@@ -110,12 +123,18 @@ func runNode(c config, node rootless.Node, out io.Writer) (err error) {
 
 	record := rootless.Record{Program: version, Driver: c.Network.Driver, CgroupFound: delegation.Sentence, CgroupHint: delegation.Hint}
 	if delegation.Path != "" {
-		group, err := delegation.Enter(node.Name)
+		record.Cgroup = delegation.NodePath(node.CgroupName())
+	}
+	// Before there is anything to sweep: a SIGKILL may come at any time.
+	if err := node.WriteRecord(record); err != nil {
+		return err
+	}
+	if delegation.Path != "" {
+		group, err := delegation.Enter(node.CgroupName())
 		if err != nil {
 			return err
 		}
 		defer func() { err = errors.Join(err, group.Leave()) }()
-		record.Cgroup = group.Path()
 	}
 	if err := node.InitRootlesskit(); err != nil {
 		return err
@@ -124,8 +143,8 @@ func runNode(c config, node rootless.Node, out io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := node.WriteRecord(record); err != nil {
-		return err
+	if interrupted.Err() != nil {
+		return errInterrupted
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	announced := make(chan struct{})
@@ -139,11 +158,16 @@ func runNode(c config, node rootless.Node, out io.Writer) (err error) {
 }
 
 // sweep removes what an earlier life of the node left when it was killed: its cgroup, which the record names
-// whoever sweeps, then the runtime directory with the record. The caller holds the lock.
+// whoever sweeps, then the runtime directory with the record. The caller holds the lock, which is that of the data
+// directory: a node that lives here with another one is not swept.
 func sweep(node rootless.Node) error {
 	record, err := node.ReadRecord()
+	if err == nil && record.Alive() && record.PID != os.Getpid() {
+		return fmt.Errorf("%w; it was started with another XDG_DATA_HOME than yours, so that its images are not in %s",
+			explainLock(node, rootless.ErrUp), node.DataDir)
+	}
 	if err == nil && record.Cgroup != "" {
-		err = cgroupv2.RemoveStale(cgroupv2.Delegation{Path: filepath.Dir(record.Cgroup)}, node.Name)
+		err = cgroupv2.RemoveStale(cgroupv2.Delegation{Path: filepath.Dir(record.Cgroup)}, cgroupv2.NodeName(record.Cgroup))
 	}
 	if errors.Is(err, fs.ErrNotExist) {
 		err = nil
@@ -155,11 +179,15 @@ func sweep(node rootless.Node) error {
 }
 
 func explainLock(node rootless.Node, err error) error {
-	if errors.Is(err, rootless.ErrUp) {
-		return fmt.Errorf("node %s is up already; to use it, run: export CONTAINER_RUNTIME_ENDPOINT=%s; to stop it, run: coracle down%s",
-			node.Name, node.Endpoint(), nameFlag(node))
+	if !errors.Is(err, rootless.ErrUp) {
+		return err
 	}
-	return err
+	if record, rerr := node.ReadRecord(); rerr != nil || !record.Alive() {
+		return fmt.Errorf("another process holds node %s (%s) and is not in %s: it is just starting or ending, or was started with another XDG_RUNTIME_DIR; set that as it was then, or choose another --name",
+			node.Name, node.DataDir, node.RuntimeDir)
+	}
+	return fmt.Errorf("node %s is up already; to use it, run: export CONTAINER_RUNTIME_ENDPOINT=%s; to stop it, run: coracle down%s",
+		node.Name, node.Endpoint(), nameFlag(node))
 }
 
 // announce tells the user that the CRI answers.
@@ -189,35 +217,66 @@ func startDetached(c config, node rootless.Node, out io.Writer) error {
 	if err := node.MakeDirs(); err != nil {
 		return err
 	}
-	if record, err := node.ReadRecord(); err == nil && record.Alive() {
-		return explainLock(node, rootless.ErrUp)
+	// The log is the lock holder's: another start must not move it away.
+	lock, err := node.TryLock()
+	if err != nil {
+		return explainLock(node, err)
 	}
+	defer func() { _ = lock.Release() }() // released below already, where all went well
 	log, err := newLogFile(node.LogFile())
 	if err != nil {
 		return err
 	}
 	defer log.Close()
+	if err := keepDescriptors(); err != nil {
+		return err
+	}
 	cmd := exec.Command("/proc/self/exe", withoutDetach(os.Args[1:])...)
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = newSession()
+	lock.HandOver(cmd)
 	began := time.Now()
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start node: %w", err)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), readyTimeout)
-	defer cancel()
-	ended := make(chan error, 1)
-	go func() { ended <- cmd.Wait(); cancel() }()
-	if err := awaitReady(ctx, node); err != nil {
-		select {
-		case <-ended:
-			return fmt.Errorf("the node ended before it was ready: %s (log: %s)", lastLine(node.LogFile()), node.LogFile())
-		default:
-			return fmt.Errorf("the node does not answer within %s: %w (log: %s)", readyTimeout, err, node.LogFile())
-		}
+	if err := lock.Release(); err != nil {
+		return fmt.Errorf("hand the lock over: %w", err)
+	}
+	if err := awaitDetached(node, cmd); err != nil {
+		return err
 	}
 	printReady(node, time.Since(began), out)
 	return nil
+}
+
+// awaitDetached waits until the started node answers. One that does not in time, or whose user gives up with
+// Ctrl-C, is ended: nobody would look after it.
+func awaitDetached(node rootless.Node, cmd *exec.Cmd) error {
+	interrupted, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	defer stop()
+	ctx, cancel := context.WithTimeout(interrupted, readyTimeout)
+	defer cancel()
+	ended := make(chan struct{})
+	go func() { _ = cmd.Wait(); close(ended); cancel() }() // its error is in the log
+	err := awaitReady(ctx, node)
+	if err == nil {
+		return nil
+	}
+	select {
+	case <-ended:
+		return fmt.Errorf("the node ended before it was ready: %s (log: %s)", lastLine(node.LogFile()), node.LogFile())
+	default:
+	}
+	_ = cmd.Process.Signal(unix.SIGTERM) // it may end at this very moment
+	select {
+	case <-ended:
+	case <-time.After(endTimeout):
+		_ = cmd.Process.Kill()
+	}
+	if interrupted.Err() != nil {
+		return errInterrupted
+	}
+	return fmt.Errorf("the node did not answer within %s and is stopped: %w (log: %s)", readyTimeout, err, node.LogFile())
 }
 
 // runChild is PID 1 of the node. Its command is the keeper, whose command is the daemon.

@@ -69,6 +69,7 @@ func newLibcontainer(stateDir, id string, spec *specs.Spec) (*libcontainer.Conta
 		// As uid 0 of a user namespace mounts and ids are as for root, but cgroups may be refused: RootlessCgroups
 		// lets a spec without a cgroup path and limits do without.
 		RootlessEUID: false, RootlessCgroups: true,
+		NoNewKeyring: true, // see LeaveKeyring
 	})
 	if err != nil {
 		return nil, fmt.Errorf("convert spec: %w", err)

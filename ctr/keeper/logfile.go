@@ -44,11 +44,19 @@ func openLogFile(path string, log *slog.Logger) (*logFile, error) {
 }
 
 // openLog makes no directories: they are the caller's. A symbolic link in the last place is refused, since a
-// container that has the log directory as a volume could aim it at another file of the user.
+// container that has the log directory as a volume could aim it at another file of the user; and so is all that is no
+// file: the open of a FIFO, and writes to it, would wait for a reader (fifo(7)).
 func openLog(path string) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW, 0o640)
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o640)
 	if err != nil {
 		return nil, fmt.Errorf("open container log: %w", err)
+	}
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = fmt.Errorf("%s is no regular file", path)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open container log: %w", err), f.Close())
 	}
 	return f, nil
 }

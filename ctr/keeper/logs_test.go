@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -140,6 +141,38 @@ func TestALogIsNotWrittenThroughASymbolicLink(t *testing.T) {
 	if err == nil || exists(target) {
 		t.Errorf("create: %v, target made: %v", err, exists(target))
 	}
+}
+
+// A container that has the log directory as a volume can put a FIFO there: its open waits for a reader, for ever.
+func TestALogIsARegularFile(t *testing.T) {
+	n := newNode(t)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	fifo := func(id string) {
+		t.Helper()
+		if err := os.Remove(n.logPath(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			t.Fatal(err)
+		}
+		if err := unix.Mkfifo(n.logPath(id), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	fifo("c1")
+	if _, err := n.Create(ctx, ctr.CreateRequest{ID: "c1", Spec: sh("true"), LogPath: n.logPath("c1")}); err == nil || ctx.Err() != nil {
+		t.Errorf("create: %v", err)
+	}
+	n.create("c2", sh("sleep 60"))
+	n.start("c2")
+	fifo("c2")
+	reader, err := os.OpenFile(n.logPath("c2"), os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reader.Close()
+	if err := n.ReopenLog(ctx, "c2"); err == nil || ctx.Err() != nil || !strings.Contains(err.Error(), "no regular file") {
+		t.Errorf("reopen on a FIFO that has a reader: %v", err)
+	}
+	n.delete("c2")
 }
 
 func TestNoLogIsKeptWhereNoneIsAskedFor(t *testing.T) {

@@ -53,6 +53,9 @@ func exitOn(err error) {
 
 // runKeeper is a keeper in a pid and mount namespace of its own, as on a node.
 func runKeeper(dir string) error {
+	if err := keeper.LeaveKeyring(); err != nil {
+		return err
+	}
 	if err := errors.Join(unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""),
 		unix.Mount("proc", "/proc", "proc", 0, "")); err != nil {
 		return err

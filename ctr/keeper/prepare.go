@@ -1,10 +1,12 @@
 package keeper
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"os"
+	"runtime"
 
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
@@ -28,6 +30,41 @@ func Prepare(log *slog.Logger) error {
 	}
 	logrus.SetOutput(io.Discard)
 	logrus.AddHook(logHook{log})
+	return nil
+}
+
+const keyringEnv = "_CORACLE_KEEPER_KEYRING"
+
+// keyringPerm lets the possessor of the session keyring view, read and search it, and nobody add to it or change its
+// permissions (keyctl_setperm(3)).
+const keyringPerm = 0x0b000000
+
+// LeaveKeyring puts the keeper, and so every container, into an empty session keyring that cannot be written. A keyring
+// a container, libcontainer's default, counts against the user's quota (kernel.keys.maxkeys, 200): no more than some
+// 190 containers would start. One that is shared and writable would carry keys from pod to pod, and the user's own
+// session keyring must not be seen at all. A program that wants to keep keys joins a session keyring of its own.
+//
+// The session keyring belongs to a thread (keyrings(7)): the program is executed anew on the thread that joined, so
+// that all of its threads, and what they start, have it. Call it first of all; it returns in the new program.
+func LeaveKeyring() error {
+	if os.Getenv(keyringEnv) != "" {
+		return os.Unsetenv(keyringEnv)
+	}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	ring, err := unix.KeyctlJoinSessionKeyring("coracle")
+	if errors.Is(err, unix.ENOSYS) {
+		return nil // a kernel without keyrings
+	}
+	if err != nil {
+		return fmt.Errorf("join a session keyring: %w", err)
+	}
+	if err := unix.KeyctlSetperm(ring, keyringPerm); err != nil {
+		return fmt.Errorf("restrict the session keyring: %w", err)
+	}
+	if err := unix.Exec("/proc/self/exe", os.Args, append(os.Environ(), keyringEnv+"=joined")); err != nil {
+		return fmt.Errorf("execute the keeper anew: %w", err)
+	}
 	return nil
 }
 
