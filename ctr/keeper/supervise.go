@@ -12,7 +12,7 @@ import (
 
 const (
 	backoffMin = 100 * time.Millisecond
-	backoffMax = 5 * time.Second
+	backoffMax = 800 * time.Millisecond // a node's users wait no longer than about a second, whatever became of its daemon
 	// steadyAfter is how long a daemon must have been up for its next end to count as a first one.
 	steadyAfter = 10 * time.Second
 	// daemonStop bounds how long a daemon may take to end in good order.
