@@ -56,7 +56,7 @@ func BuildResources(r *runtimeapi.LinuxContainerResources, host Host, cgroup boo
 	a.unified(r)
 	sentences := a.sentences()
 	if host.Strict && len(sentences) > 0 {
-		return nil, nil, unsupported("(policy strict): %s", strings.Join(sentences, "; "))
+		return nil, nil, unsupported("policy strict refuses to leave out: %s", strings.Join(sentences, "; "))
 	}
 	if !a.any {
 		return nil, sentences, nil

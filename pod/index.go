@@ -44,7 +44,11 @@ func (x *index) reserve(name, id string) error {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if owner, taken := x.names[name]; taken {
-		return exists("reserve name: %s exists already with id %s", name, owner)
+		remove := "rmp -f"
+		if strings.HasPrefix(name, "container ") {
+			remove = "rm -f"
+		}
+		return exists("%s exists already with id %s, running or not; to remove it, run: crictl %s %s", name, owner, remove, owner)
 	}
 	x.names[name] = id
 	return nil

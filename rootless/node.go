@@ -88,6 +88,16 @@ func (n Node) LogFile() string { return filepath.Join(n.DataDir, "node.log") }
 func (n Node) recordFile() string { return filepath.Join(n.RuntimeDir, "node.json") }
 func (n Node) lockFile() string   { return filepath.Join(n.DataDir, "lock") }
 
+// Known tells whether the node has a directory, that is whether it was ever up.
+func (n Node) Known() bool {
+	for _, dir := range []string{n.RuntimeDir, n.DataDir} {
+		if _, err := os.Lstat(dir); err == nil {
+			return true
+		}
+	}
+	return false
+}
+
 // MakeDirs makes both directories, 0700. One that is there must be this user's, and is closed to others: in a place
 // that all may write, such as /tmp, somebody else could have made it first.
 func (n Node) MakeDirs() error {

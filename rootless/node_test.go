@@ -37,6 +37,19 @@ func TestDirectoriesOfANode(t *testing.T) {
 	}
 }
 
+func TestANodeIsKnownOnceItHasADirectory(t *testing.T) {
+	n := Node{Name: "x", RuntimeDir: filepath.Join(t.TempDir(), "r"), DataDir: filepath.Join(t.TempDir(), "d")}
+	if n.Known() {
+		t.Error("known before it was up")
+	}
+	if err := n.MakeDirs(); err != nil {
+		t.Fatal(err)
+	}
+	if !n.Known() {
+		t.Error("not known though it has directories")
+	}
+}
+
 func TestANodeNameThatIsNoFileNameIsRefused(t *testing.T) {
 	for _, name := range []string{"", "..", "a/b", "A", "-a", "a-", strings.Repeat("a", 33), "a b"} {
 		if _, err := NewNode(name, env(nil)); err == nil || !strings.Contains(err.Error(), "node name") {

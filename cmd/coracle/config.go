@@ -213,9 +213,16 @@ func (s *settings) readFile(c *config) error {
 		return fmt.Errorf("read configuration: %w", err)
 	}
 	if err := yaml.UnmarshalStrict(raw, c); err != nil {
-		return fmt.Errorf("read configuration %s: %w; `coracle config` lists the keys", file, err)
+		return fmt.Errorf("read configuration %s: %s; `coracle config` lists the keys", file, inWordsOfYAML(err))
 	}
 	return c.anchor(file)
+}
+
+// inWordsOfYAML takes the decoder's own story, YAML by way of JSON into Go, out of its error.
+func inWordsOfYAML(err error) string {
+	return strings.NewReplacer("error unmarshaling JSON: ", "", "while decoding JSON: ", "", "json: ", "",
+		"unknown field", "unknown key", "error converting YAML to JSON: ", "",
+		"cannot unmarshal", "cannot read", "into Go struct field", "as").Replace(err.Error())
 }
 
 // anchor makes the file's relative paths absolute: they are meant from where the file is.

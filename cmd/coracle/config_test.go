@@ -66,7 +66,7 @@ func TestABadSettingIsNamed(t *testing.T) {
 		args []string
 		says string
 	}{
-		{"limts: strict\n", nil, `unknown field "limts"`},
+		{"limts: strict\n", nil, `unknown key "limts"`},
 		{"limits: loose\n", nil, "limits: \"loose\" is none of"},
 		{"network: {mtu: -1}\n", nil, "network.mtu"},
 		{"copyUp: [/tmp]\n", nil, "copyUp[0]"},

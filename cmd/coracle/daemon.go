@@ -150,5 +150,5 @@ func cgroupCondition(record rootless.Record, tree *cgroupv2.Tree, have []string)
 	}
 	return pod.Condition{Type: "ResourceLimits", Status: false, Reason: "MissingControllers",
 		Message: strings.Join(slices.DeleteFunc([]string{"limits of " + strings.Join(missing, ", ") + " are not applied",
-			record.CgroupFound, tree.Reason(), record.CgroupHint}, func(s string) bool { return s == "" }), "; ")}
+			tree.Reason(), "`coracle status` says what this host gives and how to get the rest"}, func(s string) bool { return s == "" }), "; ")}
 }

@@ -57,12 +57,16 @@ func runDoctor(c config, out io.Writer) error {
 	_, err = keeperPath()
 	report("coracle-keeper", err)
 	delegation, err := cgroupv2.Find()
-	report("cgroup: "+delegation.Sentence, err)
-	if delegation.Hint != "" {
-		fmt.Fprintf(out, "      %s\n", delegation.Hint)
+	switch {
+	case err != nil:
+		report("cgroup", err)
+	case delegation.Hint == "":
+		report("cgroup: "+delegation.Sentence, nil)
+	default: // a node starts all the same, with less
+		fmt.Fprintf(out, "note  cgroup: %s\n      %s\n", delegation.Sentence, delegation.Hint)
 	}
 	if bad > 0 {
-		return fmt.Errorf("%d of the checks forbid a node", bad)
+		return fmt.Errorf("a node cannot start here; failed checks: %d", bad)
 	}
 	return nil
 }

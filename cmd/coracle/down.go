@@ -41,6 +41,10 @@ func downCommand(s *settings) *cobra.Command {
 }
 
 func runDown(ctx context.Context, node rootless.Node, grace time.Duration, out io.Writer) error {
+	if !node.Known() { // a misspelt name, most likely: nothing is made for it
+		fmt.Fprintf(out, "node %s is not up, and never was\n", node.Name)
+		return nil
+	}
 	record, err := settledRecord(node)
 	wasUp := err == nil && record.Alive()
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
