@@ -19,8 +19,8 @@
 //
 // A transition is written to RUNTIMEDIR/keeper/ID.json and flushed first and is told second, so that no reader
 // learns an exit code that a crash can take back. The keeper is the only writer of that directory. When the keeper
-// dies the node's pid namespace ends with it; the next keeper finds the records and lists what had not ended as
-// exited, with an Error that says so.
+// dies the node's pid namespace ends with it, and `coracle up` sweeps the runtime directory, records included. A keeper
+// that is started over a directory which nobody swept lists what had not ended as exited, with an Error that says so.
 //
 // Locks, in the order in which they are taken: container.op (one operation: start, update and delete exclude each
 // other and the start of an exec), children.launching, container.record, Keeper.mu, container.mu, children.mu,

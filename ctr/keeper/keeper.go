@@ -53,7 +53,7 @@ type Keeper struct {
 	closing    bool
 }
 
-// Open reads the records of earlier keepers and listens. Run serves.
+// Open reads the records that an earlier keeper left, where nobody swept them, and listens. Run serves.
 func Open(cfg Config) (*Keeper, error) {
 	var boot [16]byte
 	if _, err := rand.Read(boot[:]); err != nil {
@@ -131,7 +131,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 	return err
 }
 
-// killEverything ends all containers; their records stay, so that the next keeper can tell their exit codes.
+// killEverything ends all containers. Their records stay: who started the keeper disposes of its directory.
 func (k *Keeper) killEverything() error {
 	k.mu.Lock()
 	k.closing = true
