@@ -115,7 +115,7 @@ func TestDirectoriesArePrivateToTheUser(t *testing.T) {
 	}
 	// Somebody else's, as found in a place that all may write; and a link of ours to it.
 	var p *Problem
-	n.RuntimeDir = "/proc/1"
+	n.RuntimeDir = "/usr"
 	if os.Geteuid() == 0 {
 		n.RuntimeDir = t.TempDir()
 		if err := os.Chown(n.RuntimeDir, 1, 1); err != nil {
