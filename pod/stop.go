@@ -17,6 +17,12 @@ const killWait = 30 * time.Second
 // stopPod: "stops any running process that is part of the sandbox and reclaims network resources". What fails
 // can be tried again, and what is done is not done twice.
 func (s *Service) stopPod(ctx context.Context, id string) error {
+	return s.onPod(ctx, "stop", id, s.stopPodLocked)
+}
+
+// onPod does one operation on a pod, which no other operation on it overlaps. That the pod is unknown is no error: what
+// the two callers are asked for holds then.
+func (s *Service) onPod(ctx context.Context, verb, id string, do func(context.Context, *pod) error) error {
 	p, err := s.index.pod(id)
 	if errors.Is(err, errNotFound) {
 		return nil
@@ -28,8 +34,8 @@ func (s *Service) stopPod(ctx context.Context, id string) error {
 		return err
 	}
 	defer p.op.unlock()
-	if err := s.stopPodLocked(ctx, p); err != nil {
-		return fmt.Errorf("stop pod %s: %w", p.spec.ID, err)
+	if err := do(ctx, p); err != nil {
+		return fmt.Errorf("%s pod %s: %w", verb, p.spec.ID, err)
 	}
 	return nil
 }
@@ -114,21 +120,7 @@ func (s *Service) signal(ctx context.Context, c *container, sig syscall.Signal, 
 
 // removePod: "If there are any running containers in the sandbox, they must be forcibly terminated and removed."
 func (s *Service) removePod(ctx context.Context, id string) error {
-	p, err := s.index.pod(id)
-	if errors.Is(err, errNotFound) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	if err := p.op.lock(ctx); err != nil {
-		return err
-	}
-	defer p.op.unlock()
-	if err := s.removePodLocked(ctx, p); err != nil {
-		return fmt.Errorf("remove pod %s: %w", p.spec.ID, err)
-	}
-	return nil
+	return s.onPod(ctx, "remove", id, s.removePodLocked)
 }
 
 // removePodLocked deletes the spec last: as long as it is there, a daemon that comes back knows the pod.

@@ -74,23 +74,33 @@ func (e exitError) String() string  { return e.Error() }
 func (e exitError) Exited() bool    { return true }
 func (e exitError) ExitStatus() int { return int(e) }
 
+// join begins a session with a running container; end is to be called in the end.
+func (r *streamRuntime) join(ctx context.Context, id, verb string) (_ context.Context, end func(), _ *container, err error) {
+	ctx, end, err = r.server.session(ctx)
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	c, err := r.service.index.container(id)
+	if err == nil {
+		err = c.requireRunning(verb)
+	}
+	if err != nil {
+		end()
+		return nil, nil, nil, err
+	}
+	return ctx, end, c, nil
+}
+
 // Exec runs a command with the client's streams. A client that goes takes the command with it.
 //
 //nolint:revive // the parameters are cri-streaming's
 func (r *streamRuntime) Exec(ctx context.Context, id string, cmd []string, in io.Reader, out, errOut io.WriteCloser,
 	tty bool, resize <-chan remotecommand.TerminalSize) error {
-	ctx, end, err := r.server.session(ctx)
+	ctx, end, c, err := r.join(ctx, id, "exec in")
 	if err != nil {
 		return err
 	}
 	defer end()
-	c, err := r.service.index.container(id)
-	if err != nil {
-		return err
-	}
-	if err := c.requireRunning("exec in"); err != nil {
-		return err
-	}
 	stdio := &stdio{server: r.server, in: in, out: out, errOut: errOut}
 	defer stdio.close()
 	req := ctr.ExecRequest{ContainerID: c.spec.ID, Process: ctr.ExecProcess(c.spec.OCI, cmd, tty), TTY: tty}
@@ -130,18 +140,11 @@ func (r *streamRuntime) Exec(ctx context.Context, id string, cmd []string, in io
 //nolint:revive // the parameters are cri-streaming's
 func (r *streamRuntime) Attach(ctx context.Context, id string, in io.Reader, out, errOut io.WriteCloser,
 	_ bool, resize <-chan remotecommand.TerminalSize) error {
-	ctx, end, err := r.server.session(ctx)
+	ctx, end, c, err := r.join(ctx, id, "attach to")
 	if err != nil {
 		return err
 	}
 	defer end()
-	c, err := r.service.index.container(id)
-	if err != nil {
-		return err
-	}
-	if err := c.requireRunning("attach to"); err != nil {
-		return err
-	}
 	stdio := &stdio{server: r.server, in: in, out: out, errOut: errOut}
 	defer stdio.close()
 	streams, err := stdio.pipes()

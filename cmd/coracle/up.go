@@ -84,18 +84,24 @@ func keeperPath() (string, error) {
 	return path, nil
 }
 
+// claim makes sure that a node can run here and that nobody else runs this one.
+func claim(c config, node rootless.Node) (*rootless.Lock, error) {
+	if err := preflight(c); err != nil {
+		return nil, err
+	}
+	if err := node.MakeDirs(); err != nil {
+		return nil, err
+	}
+	lock, err := node.TryLock()
+	return lock, explainLock(node, err)
+}
+
 // runNode is the parent role: it holds the node's lock, cgroup and record for as long as the node lives, and
 // gives all of them back.
 func runNode(c config, node rootless.Node, out io.Writer) (err error) {
-	if err := preflight(c); err != nil {
-		return err
-	}
-	if err := node.MakeDirs(); err != nil {
-		return err
-	}
-	lock, err := node.TryLock()
+	lock, err := claim(c, node)
 	if err != nil {
-		return explainLock(node, err)
+		return err
 	}
 	defer func() { err = errors.Join(err, lock.Release()) }()
 	interrupted, release := holdSignals()
@@ -211,16 +217,10 @@ func printReady(node rootless.Node, took time.Duration, out io.Writer) {
 
 // startDetached runs `coracle up` again in a session of its own and waits until the node answers or ends.
 func startDetached(c config, node rootless.Node, out io.Writer) error {
-	if err := preflight(c); err != nil {
-		return err
-	}
-	if err := node.MakeDirs(); err != nil {
-		return err
-	}
 	// The log is the lock holder's: another start must not move it away.
-	lock, err := node.TryLock()
+	lock, err := claim(c, node)
 	if err != nil {
-		return explainLock(node, err)
+		return err
 	}
 	defer func() { _ = lock.Release() }() // released below already, where all went well
 	log, err := newLogFile(node.LogFile())
