@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"net"
 	"net/http"
-	"os"
 	"path/filepath"
 	"regexp"
 	"strconv"
@@ -152,20 +151,25 @@ func TestUpAfterKill(t *testing.T) {
 }
 
 // TestInterrupt: a foreground node is a program of the user's terminal, which Control-C ends with everything.
+// Ctrl-C, and the end of the terminal.
 func TestInterrupt(t *testing.T) {
-	n, image := upWithBusybox(t, "default")
-	n.busy(image, 18203)
-	n.traces = n.trace()
-	if err := n.cmd.Process.Signal(os.Interrupt); err != nil {
-		t.Fatal(err)
+	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGHUP} {
+		t.Run(sig.String(), func(t *testing.T) {
+			n, image := upWithBusybox(t, "default")
+			n.busy(image, 18203)
+			n.traces = n.trace()
+			if err := n.cmd.Process.Signal(sig); err != nil {
+				t.Fatal(err)
+			}
+			select {
+			case <-n.ended:
+			case <-time.After(20 * time.Second):
+				t.Fatal("coracle up does not end")
+			}
+			n.hangUp()
+			n.expectNothingLeft(2 * time.Second)
+		})
 	}
-	select {
-	case <-n.ended:
-	case <-time.After(20 * time.Second):
-		t.Fatal("coracle up does not end on SIGINT")
-	}
-	n.hangUp()
-	n.expectNothingLeft(2 * time.Second)
 }
 
 func TestDetach(t *testing.T) {

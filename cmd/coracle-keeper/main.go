@@ -35,6 +35,7 @@ func run(args []string) error {
 	flags := flag.NewFlagSet("coracle-keeper", flag.ContinueOnError)
 	dir := flags.String("runtime-dir", "", "directory of the keeper's socket and records; it must exist")
 	mountCgroup := flags.Bool("cgroup-mount", false, "mount the node's cgroup2 tree on /sys/fs/cgroup")
+	ignoreHangup := flags.Bool("ignore-hangup", false, "go on after SIGHUP; otherwise it ends the node as SIGTERM does")
 	verbose := flags.Bool("debug", false, "log more")
 	showVersion := flags.Bool("version", false, "print the version and exit")
 	if err := flags.Parse(args); err != nil {
@@ -59,7 +60,14 @@ func run(args []string) error {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(gcPercent)
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	ends := []os.Signal{syscall.SIGTERM, syscall.SIGINT}
+	if *ignoreHangup {
+		// Caught and dropped: an ignored signal would stay ignored in every container, across execve(2).
+		signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP)
+	} else {
+		ends = append(ends, syscall.SIGHUP)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), ends...)
 	defer stop()
 	if err := keeper.Prepare(log); err != nil {
 		return err

@@ -16,6 +16,17 @@ var errInterrupted = errors.New("the start of the node was interrupted by a sign
 // resendAfter is how long a signal gets to have its effect.
 const resendAfter = 500 * time.Millisecond
 
+// nohupEnv tells the child that the user has started the node with nohup(1). RootlessKit catches every signal, so that
+// an ignored one would be passed on to the node all the same.
+const nohupEnv = "_CORACLE_NOHUP"
+
+func passNohup() error {
+	if !signal.Ignored(unix.SIGHUP) {
+		return nil
+	}
+	return os.Setenv(nohupEnv, "1")
+}
+
 // holdSignals keeps a signal to end from ending this process before it has given everything back. Where the node runs
 // RootlessKit passes the signal to its PID 1, and the kernel drops what a PID 1 has no handler for yet
 // (pid_namespaces(7)): so it is sent again, to this very process, until release. The context ends with the first.

@@ -159,6 +159,9 @@ func runLocked(interrupted context.Context, c config, node rootless.Node, out io
 		announce(ctx, node, out)
 	}()
 	defer func() { cancel(); <-announced }()
+	if err := passNohup(); err != nil {
+		return err
+	}
 	return node.RunParent(rootless.ParentOptions{Network: networkDriver, Ports: portDriver,
 		Evacuate: delegation.Path != "", Debug: c.Log.Level == "debug"})
 }
@@ -300,6 +303,9 @@ func runChild(s *settings, c config, node rootless.Node) error {
 	command := []string{keeper, "--runtime-dir", node.RuntimeDir}
 	if record.Cgroup != "" {
 		command = append(command, "--cgroup-mount")
+	}
+	if os.Getenv(nohupEnv) != "" {
+		command = append(command, "--ignore-hangup")
 	}
 	command = append(command, "--", self, "daemon")
 	command = append(command, s.args(c)...)
