@@ -150,8 +150,8 @@ func TestUpAfterKill(t *testing.T) {
 	n.expectNothingLeft(time.Second)
 }
 
-// TestInterrupt: a foreground node is a program of the user's terminal, which Control-C ends with everything.
-// Ctrl-C, and the end of the terminal.
+// TestInterrupt: a foreground node is a program of the user's terminal, which Ctrl-C and the terminal's end end with
+// everything.
 func TestInterrupt(t *testing.T) {
 	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGHUP} {
 		t.Run(sig.String(), func(t *testing.T) {
