@@ -12,6 +12,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // crashEnv makes the test binary the process that TestSIGKILL kills: "ROOT REFERENCE…".
@@ -81,6 +83,46 @@ func TestSIGKILL(t *testing.T) {
 		}
 		afterCrash(t, root, refs)
 	}
+}
+
+// A daemon that is killed while it tries the rootfs drivers leaves a mount in its temporary directory.
+func TestTheMountOfACutOffProbeIsTakenAway(t *testing.T) {
+	root := filepath.Join(t.TempDir(), "images")
+	s, err := Open(Config{Root: root})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	left := filepath.Join(root, "tmp", "probe-X")
+	if err := os.MkdirAll(filepath.Join(left, "merged"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", filepath.Join(left, "merged"), "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unmount(filepath.Join(left, "merged")) })
+	if s, err = Open(Config{Root: root}); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for range 400 { // a Close may cut it short; then the next Open goes on
+		if s, err = Open(Config{Root: root}); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(5 * time.Millisecond)
+		_, lost := os.Stat(left)
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if os.IsNotExist(lost) {
+			return
+		}
+	}
+	t.Error("the probe's directory is still there")
 }
 
 // afterCrash opens the store as the next daemon would, uses it, empties it and looks for leftovers.

@@ -22,7 +22,15 @@ func (s *Store) recover() (stale []string, err error) {
 		return nil, fmt.Errorf("open image store: %w", err)
 	}
 	for _, e := range entries {
-		stale = append(stale, s.path("tmp", e.Name()))
+		path := s.path("tmp", e.Name())
+		// A daemon that was killed while it tried the drivers (mounter.probe) has left its mount: mounts belong to the
+		// namespace, not to the process.
+		if strings.HasPrefix(e.Name(), "probe-") {
+			if err := unmount(filepath.Join(path, "merged")); err != nil {
+				return nil, fmt.Errorf("open image store: %w", err)
+			}
+		}
+		stale = append(stale, path)
 	}
 	newer := false
 	for _, step := range []func(*bool) ([]string, error){s.loadLayers, s.loadImages, s.loadMounts} {
