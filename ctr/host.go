@@ -11,6 +11,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/coracle-cri/coracle/ctr/wire"
 )
 
 // Host is what BuildSpec knows of the node: facts, gathered once by GatherHost, or written down by a test.
@@ -130,21 +132,11 @@ func appArmorEnabled() bool {
 	return err == nil && bytes.HasPrefix(raw, []byte("Y"))
 }
 
-// rlimitNumbers are the limits of getrlimit(2) by the names that the OCI spec uses.
-var rlimitNumbers = map[string]int{
-	"RLIMIT_AS": unix.RLIMIT_AS, "RLIMIT_CORE": unix.RLIMIT_CORE, "RLIMIT_CPU": unix.RLIMIT_CPU,
-	"RLIMIT_DATA": unix.RLIMIT_DATA, "RLIMIT_FSIZE": unix.RLIMIT_FSIZE, "RLIMIT_LOCKS": unix.RLIMIT_LOCKS,
-	"RLIMIT_MEMLOCK": unix.RLIMIT_MEMLOCK, "RLIMIT_MSGQUEUE": unix.RLIMIT_MSGQUEUE, "RLIMIT_NICE": unix.RLIMIT_NICE,
-	"RLIMIT_NOFILE": unix.RLIMIT_NOFILE, "RLIMIT_NPROC": unix.RLIMIT_NPROC, "RLIMIT_RSS": unix.RLIMIT_RSS,
-	"RLIMIT_RTPRIO": unix.RLIMIT_RTPRIO, "RLIMIT_RTTIME": unix.RLIMIT_RTTIME,
-	"RLIMIT_SIGPENDING": unix.RLIMIT_SIGPENDING, "RLIMIT_STACK": unix.RLIMIT_STACK,
-}
-
 // ownRlimits reads the limits of this process. The soft limit of open files is that which the Go runtime raised;
 // children start with the one before, and only the hard limits matter here.
 func ownRlimits() (map[string]Limit, error) {
-	out := make(map[string]Limit, len(rlimitNumbers))
-	for name, number := range rlimitNumbers {
+	out := make(map[string]Limit, len(wire.Rlimits))
+	for name, number := range wire.Rlimits {
 		var r unix.Rlimit
 		if err := unix.Getrlimit(number, &r); err != nil {
 			return nil, fmt.Errorf("read %s: %w", name, err)

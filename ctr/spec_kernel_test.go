@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/coracle-cri/coracle/ctr/wire"
 	"github.com/coracle-cri/coracle/rootless/nstest"
 )
 
@@ -146,7 +147,7 @@ func start(t *testing.T, spec *specs.Spec) *running {
 		r.process.AdditionalGroups = append(r.process.AdditionalGroups, int(g))
 	}
 	for _, l := range p.Rlimits {
-		r.process.Rlimits = append(r.process.Rlimits, configs.Rlimit{Type: rlimitNumbers[l.Type], Hard: l.Hard, Soft: l.Soft})
+		r.process.Rlimits = append(r.process.Rlimits, configs.Rlimit{Type: wire.Rlimits[l.Type], Hard: l.Hard, Soft: l.Soft})
 	}
 	if err := c.Run(r.process); err != nil {
 		t.Fatalf("run %v: %v\n%s", p.Args, err, r.output)

@@ -7,6 +7,8 @@ import (
 	"strings"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/coracle-cri/coracle/ctr/wire"
 )
 
 // defaultPath is what a container without a PATH gets, as in every engine of this field.
@@ -99,7 +101,7 @@ func (e *environment) list() []string {
 // container would not start.
 func (b *builder) rlimits() error {
 	for _, name := range slices.Sorted(maps.Keys(b.req.Rlimits)) {
-		if _, known := rlimitNumbers[name]; !known {
+		if _, known := wire.Rlimits[name]; !known {
 			return invalid("rlimit %s does not exist", name)
 		}
 		want := b.req.Rlimits[name]

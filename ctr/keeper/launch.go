@@ -17,7 +17,6 @@ import (
 	_ "github.com/opencontainers/runc/libcontainer/nsenter"
 	"github.com/opencontainers/runc/libcontainer/specconv"
 	"github.com/opencontainers/runtime-spec/specs-go"
-	"golang.org/x/sys/unix"
 
 	"github.com/coracle-cri/coracle/ctr/wire"
 )
@@ -111,7 +110,7 @@ func newProcess(p *specs.Process) (*libcontainer.Process, error) {
 			Inheritable: c.Inheritable, Permitted: c.Permitted, Ambient: c.Ambient}
 	}
 	for _, r := range p.Rlimits {
-		kind, ok := rlimits[r.Type]
+		kind, ok := wire.Rlimits[r.Type]
 		if !ok {
 			return nil, fmt.Errorf("unknown resource limit %q: %w", r.Type, wire.ErrBadRequest)
 		}
@@ -123,14 +122,4 @@ func newProcess(p *specs.Process) (*libcontainer.Process, error) {
 	}
 	lp.CPUAffinity = affinity
 	return lp, nil
-}
-
-// rlimits names the limits of setrlimit(2) as the OCI specification does.
-var rlimits = map[string]int{
-	"RLIMIT_AS": unix.RLIMIT_AS, "RLIMIT_CORE": unix.RLIMIT_CORE, "RLIMIT_CPU": unix.RLIMIT_CPU,
-	"RLIMIT_DATA": unix.RLIMIT_DATA, "RLIMIT_FSIZE": unix.RLIMIT_FSIZE, "RLIMIT_LOCKS": unix.RLIMIT_LOCKS,
-	"RLIMIT_MEMLOCK": unix.RLIMIT_MEMLOCK, "RLIMIT_MSGQUEUE": unix.RLIMIT_MSGQUEUE, "RLIMIT_NICE": unix.RLIMIT_NICE,
-	"RLIMIT_NOFILE": unix.RLIMIT_NOFILE, "RLIMIT_NPROC": unix.RLIMIT_NPROC, "RLIMIT_RSS": unix.RLIMIT_RSS,
-	"RLIMIT_RTPRIO": unix.RLIMIT_RTPRIO, "RLIMIT_RTTIME": unix.RLIMIT_RTTIME,
-	"RLIMIT_SIGPENDING": unix.RLIMIT_SIGPENDING, "RLIMIT_STACK": unix.RLIMIT_STACK,
 }
