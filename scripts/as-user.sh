@@ -2,7 +2,7 @@
 # Runs a command in this checkout as an ordinary user: `scripts/as-user.sh COMMAND [ARG...]`.
 #
 # Started by an ordinary user, it runs the command here, with an XDG_RUNTIME_DIR made where the session has none.
-# Started as root, it makes the account coracle-test (set-up takes place for it), gives it a copy of the checkout,
+# Started as root, it makes the account of the tests (lib.sh; set-up takes place for it), gives it a copy of the checkout,
 # a runtime directory, a cgroup v2 subtree of its own where there is cgroup v2, and Go caches that stay, and runs the
 # command there as that user. What it made for the run it removes; the account, its copy and its caches stay.
 set -euo pipefail
@@ -76,7 +76,7 @@ delegate() {
 	for c in cpu cpuset io memory pids; do
 		{ echo "+$c" >"$mount/cgroup.subtree_control"; } 2>/dev/null || true
 	done
-	dir=$mount/coracle-test.$$
+	dir=$mount/$TEST_USER.$$
 	mkdir -p "$dir/session" 2>/dev/null || return 0
 	for c in cpu cpuset io memory pids; do
 		{ echo "+$c" >"$dir/cgroup.subtree_control"; } 2>/dev/null || true
@@ -119,7 +119,7 @@ run_as_test_user() {
 	flock -n 9 || { say "another run as $TEST_USER is going on: waiting for it"; flock 9; }
 	copy_checkout
 	seed_caches
-	runtime=$(mktemp -d /run/coracle-test.XXXXXX)
+	runtime=$(mktemp -d "/run/$TEST_USER.XXXXXX")
 	chown "$TEST_USER:$TEST_USER" "$runtime"
 	cgroup=$(delegate)
 	trap 'release "$cgroup"; rm -rf --one-file-system "$runtime"' EXIT

@@ -7,8 +7,10 @@ export REPO=$repo
 # images_dir holds what root builds once for the tests and every user may read.
 export IMAGES_DIR=/var/cache/coracle
 
-# The account that the tests and the demo drop to when they are started as root.
-export TEST_USER=coracle-test TEST_HOME=/var/lib/coracle-test
+# The account that the tests and the demo drop to when they are started as root. CORACLE_TEST_USER names another one, so
+# that two checkouts can be tested side by side.
+export TEST_USER=${CORACLE_TEST_USER:-coracle-test}
+export TEST_HOME=/var/lib/$TEST_USER
 
 say() { printf '== %s\n' "$*" >&2; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
