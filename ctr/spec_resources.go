@@ -22,31 +22,37 @@ func (b *builder) resources() error {
 	}
 	b.spec.Linux.Resources = limits
 	b.sentences = append(b.sentences, sentences...)
-	return b.oomScoreAdj(int(r.GetOomScoreAdj()))
+	score, sentence, err := OOMScoreAdj(r, b.req.Host)
+	if sentence != "" {
+		b.note("%s", sentence)
+	}
+	b.spec.Process.OOMScoreAdj = score
+	return err
 }
 
-// oomScoreAdj clamps: a process without CAP_SYS_RESOURCE in the first user namespace cannot go below its own value
-// (proc(5)), and libcontainer fails the start on EACCES. 0 is "not specified" (CRI): the runtime's own stays.
-func (b *builder) oomScoreAdj(want int) error {
+// OOMScoreAdj returns what a process of the container starts with, nil for the runtime's own: 0 is "not specified"
+// (CRI). It clamps: a process without CAP_SYS_RESOURCE in the first user namespace cannot go below its own value
+// (proc(5)), and libcontainer fails the start on EACCES. The sentence says so where it did.
+func OOMScoreAdj(r *runtimeapi.LinuxContainerResources, host Host) (score *int, sentence string, err error) {
+	want := int(r.GetOomScoreAdj())
 	if want < -1000 || want > 1000 {
-		return invalid("oom_score_adj %d is not between -1000 and 1000", want)
+		return nil, "", invalid("oom_score_adj %d is not between -1000 and 1000", want)
 	}
 	if want == 0 {
-		return nil
+		return nil, "", nil
 	}
-	got := max(want, b.req.Host.OOMScoreAdjMin)
+	got := max(want, host.OOMScoreAdjMin)
 	if got != want {
-		b.note("oom_score_adj %d is raised to %d, that of the node: without root none can be lower", want, got)
+		sentence = fmt.Sprintf("oom_score_adj %d is raised to %d, that of the node: without root none can be lower", want, got)
 	}
-	b.spec.Process.OOMScoreAdj = &got
-	return nil
+	return &got, sentence, nil
 }
 
 // BuildResources returns the limits that the host's controllers can enforce, nil where there is none, and a
 // sentence for each controller that misses; policy "strict" makes that ErrUnsupported. cgroup tells whether the
 // container has a cgroup at all.
 func BuildResources(r *runtimeapi.LinuxContainerResources, host Host, cgroup bool) (*specs.LinuxResources, []string, error) {
-	if err := checkResources(r); err != nil {
+	if err := CheckResources(r); err != nil {
 		return nil, nil, err
 	}
 	a := &limitAdder{host: host, cgroup: cgroup, missing: map[string][]string{}}
@@ -64,8 +70,8 @@ func BuildResources(r *runtimeapi.LinuxContainerResources, host Host, cgroup boo
 	return &a.out, sentences, nil
 }
 
-// checkResources refuses what libcontainer or the kernel would refuse later and less clearly.
-func checkResources(r *runtimeapi.LinuxContainerResources) error {
+// CheckResources refuses what libcontainer or the kernel would refuse later and less clearly.
+func CheckResources(r *runtimeapi.LinuxContainerResources) error {
 	mem, swap := r.GetMemoryLimitInBytes(), r.GetMemorySwapLimitInBytes()
 	switch {
 	case mem < -1 || swap < -1:

@@ -54,6 +54,8 @@ type containerStatus struct {
 	OOMKilled  bool      `json:"oomKilled,omitempty"`
 	Failure    string    `json:"failure,omitempty"` // a CRI reason, where the exit code does not tell all
 	Message    string    `json:"message,omitempty"`
+	// Update holds the resources of the last update, nil before the first.
+	Update *resourceUpdate `json:"update,omitempty"`
 }
 
 // The reasons of ContainerStatus that the kubelet and people know from other runtimes.
@@ -75,6 +77,7 @@ type container struct {
 	spec   containerSpec
 	dir    string // in the runtime directory
 	status *record[containerStatus]
+	tell   func(*container, runtimeapi.ContainerEventType) // of its transitions, after they are published
 
 	exited     chan struct{} // closed when FinishedAt is published
 	exitedOnce sync.Once
@@ -83,9 +86,10 @@ type container struct {
 	usage    usageCache
 }
 
-func newContainer(spec containerSpec, dir string, status containerStatus) *container {
+func newContainer(spec containerSpec, dir string, status containerStatus,
+	tell func(*container, runtimeapi.ContainerEventType)) *container {
 	c := &container{
-		spec: spec, dir: dir, exited: make(chan struct{}),
+		spec: spec, dir: dir, tell: tell, exited: make(chan struct{}),
 		status: newRecord(statusPath(dir), status),
 	}
 	if !status.FinishedAt.IsZero() {
@@ -126,9 +130,21 @@ func (st containerStatus) reason() string {
 
 // change is the container's one transition.
 func (c *container) change(change func(*containerStatus)) error {
-	err := c.status.fact(change)
-	if !c.status.snapshot().FinishedAt.IsZero() {
+	var before, after containerStatus
+	err := c.status.fact(func(st *containerStatus) {
+		before = *st
+		change(st)
+		after = *st
+	})
+	if !after.FinishedAt.IsZero() {
 		c.exitedOnce.Do(func() { close(c.exited) })
+	}
+	// One fact may be both: a short program's exit can be the first that is heard of its start.
+	if before.StartedAt.IsZero() && !after.StartedAt.IsZero() {
+		c.tell(c, runtimeapi.ContainerEventType_CONTAINER_STARTED_EVENT)
+	}
+	if before.FinishedAt.IsZero() && !after.FinishedAt.IsZero() {
+		c.tell(c, runtimeapi.ContainerEventType_CONTAINER_STOPPED_EVENT)
 	}
 	return err
 }

@@ -87,7 +87,7 @@ func (s *Service) makeContainer(ctx context.Context, p *pod, id string, config *
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("the caller is gone: %w", err) // and would never learn the id
 	}
-	c := newContainer(spec, dir, containerStatus{})
+	c := newContainer(spec, dir, containerStatus{}, s.told)
 	if err := c.status.save(); err != nil {
 		return err
 	}
@@ -95,6 +95,7 @@ func (s *Service) makeContainer(ctx context.Context, p *pod, id string, config *
 		return err
 	}
 	s.index.addContainer(c)
+	s.told(c, runtimeapi.ContainerEventType_CONTAINER_CREATED_EVENT)
 	return nil
 }
 

@@ -57,7 +57,7 @@ func (s *Service) launch(ctx context.Context, c *container) (ctr.State, error) {
 	}
 	config := c.spec.Config
 	_, err := s.deps.Containers.Create(ctx, ctr.CreateRequest{
-		ID: c.spec.ID, Spec: c.spec.OCI, LogPath: c.spec.LogPath,
+		ID: c.spec.ID, Spec: c.oci(), LogPath: c.spec.LogPath,
 		Stdin: config.GetStdin(), StdinOnce: config.GetStdinOnce(), TTY: config.GetTty(),
 	})
 	if err != nil {

@@ -8,6 +8,8 @@ import (
 	"syscall"
 	"time"
 
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
 	"github.com/coracle-cri/coracle/ctr"
 )
 
@@ -100,6 +102,7 @@ func (s *Service) removeContainerLocked(ctx context.Context, c *container) error
 		return fmt.Errorf("remove container %s: %w", id, err)
 	}
 	s.index.dropContainer(c)
+	s.told(c, runtimeapi.ContainerEventType_CONTAINER_DELETED_EVENT)
 	return nil
 }
 

@@ -266,7 +266,7 @@ func TestReasons(t *testing.T) {
 		{ctr.State{StartedAt: now, FinishedAt: now, OOMKilled: true}, "Completed"},
 		{ctr.State{FinishedAt: now, Error: "no program"}, "StartError"},
 	} {
-		c := newContainer(containerSpec{}, t.TempDir(), containerStatus{})
+		c := newContainer(containerSpec{}, t.TempDir(), containerStatus{}, func(*container, runtimeapi.ContainerEventType) {})
 		if err := c.observe(tc.state); err != nil {
 			t.Fatal(err)
 		}

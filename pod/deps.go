@@ -6,6 +6,8 @@ import (
 	"os"
 	"syscall"
 
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
 	"github.com/coracle-cri/coracle/cgroupv2"
 	"github.com/coracle-cri/coracle/ctr"
 	"github.com/coracle-cri/coracle/images"
@@ -35,6 +37,8 @@ type Lifecycle interface {
 	Start(ctx context.Context, id string) (ctr.State, error)
 	// Kill signals the first process, or with all every process. Nil where it is dead already.
 	Kill(ctx context.Context, id string, sig syscall.Signal, all bool) error
+	// Update puts other limits on the container's cgroup, all or none of them; what is nil stays as it is.
+	Update(ctx context.Context, id string, r *specs.LinuxResources) error
 	// Delete kills what lives, waits for it and forgets the container. Idempotent.
 	Delete(ctx context.Context, id string) error
 }
@@ -134,6 +138,8 @@ type Cgroups interface {
 	Usable() bool
 	// MakePod returns the pod's cgroup as a path relative to the mount.
 	MakePod(parent, podID string) (string, error)
+	// SetCPUShares weighs the pod's cgroup among its neighbours; without a cpu controller it does nothing.
+	SetCPUShares(path string, shares uint64) error
 	// RemovePod kills what is in it and removes it. Idempotent.
 	RemovePod(path string) error
 	Stats(path string) (cgroupv2.Stats, error)

@@ -23,6 +23,7 @@ var (
 	errState       = errors.New("failed precondition")
 	errUnsupported = errors.New("not supported")
 	errTimeout     = errors.New("deadline exceeded")
+	errTooMuch     = errors.New("resource exhausted")
 )
 
 // A fault is a sentence for the caller that wraps a sentinel without repeating it.
@@ -46,6 +47,9 @@ func wrongState(format string, args ...any) error {
 }
 func unsupported(format string, args ...any) error {
 	return &fault{errUnsupported, fmt.Sprintf(format, args...)}
+}
+func tooMuch(format string, args ...any) error {
+	return &fault{errTooMuch, fmt.Sprintf(format, args...)}
 }
 func timedOut(format string, args ...any) error {
 	return &fault{errTimeout, fmt.Sprintf(format, args...)}
@@ -76,6 +80,7 @@ var grpcCodes = []struct {
 	{errUnsupported, codes.Unimplemented},
 	{ctr.ErrUnsupported, codes.FailedPrecondition},
 	{errTimeout, codes.DeadlineExceeded},
+	{errTooMuch, codes.ResourceExhausted},
 	{context.DeadlineExceeded, codes.DeadlineExceeded},
 	{context.Canceled, codes.Canceled},
 }

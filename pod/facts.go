@@ -56,7 +56,7 @@ func (s *Service) observe(state ctr.State) {
 	case c != nil:
 		s.recorded(state.ID, c.observe(state))
 	case p != nil && state.Exited():
-		s.recorded(state.ID, p.stopped()) // the pause process holds the pid namespace: without it no container can start
+		s.stopped(p) // the pause process holds the pid namespace: without it no container can start
 	}
 }
 
@@ -112,7 +112,7 @@ func (s *Service) settlePod(p *pod, facts keeperFacts) {
 		return
 	}
 	s.cfg.Log.Warn("pod is not ready any more: its node, its pause process or its namespaces are gone", "pod", p.spec.ID)
-	s.recorded(p.spec.ID, p.stopped())
+	s.stopped(p)
 }
 
 // settleContainer takes in what happened unseen. What the keeper knows counts, on whatever boot it was told.

@@ -14,6 +14,7 @@ import (
 	"syscall"
 	"time"
 
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/coracle-cri/coracle/ctr"
@@ -40,6 +41,8 @@ type fakeProc struct {
 	hub   fanout
 	done  chan struct{}
 	log   *os.File
+
+	limits []*specs.LinuxResources // of each Update
 }
 
 // fanout copies output to the log and to whoever is attached.
@@ -201,6 +204,24 @@ func (k *fakeKeeper) Kill(_ context.Context, id string, sig syscall.Signal, all 
 	if err := syscall.Kill(pid, sig); !errors.Is(err, syscall.ESRCH) {
 		return err
 	}
+	return nil
+}
+
+// Update remembers the limits.
+func (k *fakeKeeper) Update(_ context.Context, id string, r *specs.LinuxResources) error {
+	if err := k.failure("update"); err != nil {
+		return err
+	}
+	p, err := k.proc(id)
+	if err != nil {
+		return err
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if p.state.Exited() {
+		return ctr.ErrNotRunning
+	}
+	p.limits = append(p.limits, r)
 	return nil
 }
 

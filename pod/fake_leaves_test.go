@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 
@@ -278,6 +279,14 @@ func (c *fakeCgroups) MakePod(parent, podID string) (string, error) {
 	}
 	path := filepath.Join(parent, "pod"+podID)
 	return path, os.MkdirAll(filepath.Join(c.root, path), 0o755)
+}
+
+// SetCPUShares keeps the number in a file.
+func (c *fakeCgroups) SetCPUShares(path string, shares uint64) error {
+	if err := c.get("weigh"); err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(c.root, path, "shares"), []byte(strconv.FormatUint(shares, 10)), 0o600)
 }
 
 func (c *fakeCgroups) RemovePod(path string) error { return os.RemoveAll(filepath.Join(c.root, path)) }

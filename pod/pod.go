@@ -38,6 +38,8 @@ type podStatus struct {
 	AdditionalIPs []string `json:"additionalIPs,omitempty"`
 	Cgroup        string   `json:"cgroup,omitempty"` // relative to the mount; "" = none
 	PausePid      int      `json:"pausePid,omitempty"`
+	// Resources are those of the last update, nil before the first.
+	Resources *podResources `json:"resources,omitempty"`
 }
 
 type pod struct {
@@ -63,13 +65,17 @@ func (st podStatus) state() runtimeapi.PodSandboxState {
 	return runtimeapi.PodSandboxState_SANDBOX_NOTREADY
 }
 
-// stopped makes the pod NotReady; it says nothing about what is still held.
-func (p *pod) stopped() error {
-	return p.status.fact(func(st *podStatus) {
-		if st.StoppedAt.IsZero() {
+// stopped makes the pod NotReady, and tells it; that says nothing about what is still held.
+func (s *Service) stopped(p *pod) {
+	changed := false
+	s.recorded(p.spec.ID, p.status.fact(func(st *podStatus) {
+		if changed = st.StoppedAt.IsZero(); changed {
 			st.StoppedAt = time.Now()
 		}
-	})
+	}))
+	if changed && p.visible() {
+		s.publish(runtimeapi.ContainerEventType_CONTAINER_STOPPED_EVENT, p, p.spec.ID)
+	}
 }
 
 func (p *pod) namespaces() *runtimeapi.NamespaceOption {

@@ -94,11 +94,11 @@ func (s *Service) loadContainers(ctx context.Context) error {
 			return fmt.Errorf("make container directory: %w", err)
 		}
 		status, known := loadStatus[containerStatus](s.store, dir)
-		c := newContainer(spec, dir, status)
+		c := newContainer(spec, dir, status, s.told)
+		s.index.addContainer(c)
 		if !known {
 			s.recorded(id, c.lost("its status was lost with the node's runtime directory"))
 		}
-		s.index.addContainer(c)
 	}
 	return nil
 }

@@ -44,6 +44,8 @@ func (s *Service) runPod(ctx context.Context, req *runtimeapi.RunPodSandboxReque
 	if err := s.makePod(ctx, p, back); err != nil {
 		return "", errors.Join(fmt.Errorf("run pod %s: %w", spec.ID, err), back.run(ctx))
 	}
+	s.publish(runtimeapi.ContainerEventType_CONTAINER_CREATED_EVENT, p, spec.ID)
+	s.publish(runtimeapi.ContainerEventType_CONTAINER_STARTED_EVENT, p, spec.ID)
 	return spec.ID, nil
 }
 
@@ -72,6 +74,9 @@ func (s *Service) makePod(ctx context.Context, p *pod, back *undo) error {
 		return err
 	}
 	if err := p.status.transition(func(st *podStatus) { st.Cgroup = cgroup }); err != nil {
+		return err
+	}
+	if err := s.weighPod(p, p.spec.Config.GetLinux().GetOverhead(), p.spec.Config.GetLinux().GetResources()); err != nil {
 		return err
 	}
 	back.push("mounts", func(context.Context) error { return p.unmountAll() })

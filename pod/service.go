@@ -42,6 +42,7 @@ type Service struct {
 	deps    Deps
 	store   *store
 	index   *index
+	events  *eventLog
 	boot    atomic.Pointer[string] // the keeper's boot id
 	streams *streamServer
 
@@ -62,7 +63,7 @@ func Open(ctx context.Context, cfg Config, deps Deps) (*Service, error) {
 	if err := ctr.EnsurePause(pauseDir(cfg)); err != nil {
 		return nil, fmt.Errorf("make pause root: %w", err)
 	}
-	s := &Service{cfg: cfg, deps: deps, store: store, index: newIndex()}
+	s := &Service{cfg: cfg, deps: deps, store: store, index: newIndex(), events: newEventLog()}
 	seq, err := s.recoverAll(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("recover pods: %w", err)
@@ -156,6 +157,16 @@ func (s *Service) StreamContainers(req *runtimeapi.StreamContainersRequest, out 
 // ContainerStatus tells of one container; verbose adds its pid and OCI spec.
 func (s *Service) ContainerStatus(_ context.Context, req *runtimeapi.ContainerStatusRequest) (*runtimeapi.ContainerStatusResponse, error) {
 	return answer(s.containerStatus(req))
+}
+
+// UpdateContainerResources puts other limits on a container that was created or runs, all of them or none.
+func (s *Service) UpdateContainerResources(ctx context.Context, req *runtimeapi.UpdateContainerResourcesRequest) (*runtimeapi.UpdateContainerResourcesResponse, error) {
+	return answer(&runtimeapi.UpdateContainerResourcesResponse{}, s.updateContainer(ctx, req))
+}
+
+// UpdatePodSandboxResources records what a pod is to have in all.
+func (s *Service) UpdatePodSandboxResources(ctx context.Context, req *runtimeapi.UpdatePodSandboxResourcesRequest) (*runtimeapi.UpdatePodSandboxResourcesResponse, error) {
+	return answer(&runtimeapi.UpdatePodSandboxResourcesResponse{}, s.updatePod(ctx, req))
 }
 
 // ReopenContainerLog makes a running container log to a new file, after the old one was renamed.

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
 // killWait bounds the wait for processes that were sent SIGKILL. Only one that the kernel holds in an
@@ -49,7 +50,7 @@ func (s *Service) stopPodLocked(ctx context.Context, p *pod) error {
 		return err
 	}
 	if p.status.snapshot().ready() {
-		s.recorded(p.spec.ID, p.stopped())
+		s.stopped(p)
 	}
 	return s.releasePod(ctx, p)
 }
@@ -147,5 +148,6 @@ func (s *Service) removePodLocked(ctx context.Context, p *pod) error {
 		return err
 	}
 	s.index.dropPod(p)
+	s.publish(runtimeapi.ContainerEventType_CONTAINER_DELETED_EVENT, p, p.spec.ID)
 	return nil
 }

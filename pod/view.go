@@ -21,6 +21,22 @@ func (s *Service) podStatus(req *runtimeapi.PodSandboxStatusRequest) (*runtimeap
 	if err != nil {
 		return nil, err
 	}
+	out := &runtimeapi.PodSandboxStatusResponse{
+		Status: p.view(), ContainersStatuses: s.containerViews(p), Timestamp: time.Now().UnixNano(),
+	}
+	if req.GetVerbose() {
+		st := p.status.snapshot()
+		overhead, resources := p.resources()
+		out.Info, err = info(map[string]any{
+			"pid": st.PausePid, "networkNamespace": s.netNS(p), "cgroup": st.Cgroup, "bootID": st.BootID,
+			"readyAt": st.ReadyAt, "stoppedAt": st.StoppedAt, "released": st.Released,
+			"overhead": overhead, "resources": resources, "hostname": p.spec.Hostname, "config": p.spec.Config,
+		})
+	}
+	return out, err
+}
+
+func (p *pod) view() *runtimeapi.PodSandboxStatus {
 	st := p.status.snapshot()
 	view := &runtimeapi.PodSandboxStatus{
 		Id: p.spec.ID, Metadata: p.spec.Config.GetMetadata(), State: st.state(),
@@ -31,18 +47,16 @@ func (s *Service) podStatus(req *runtimeapi.PodSandboxStatusRequest) (*runtimeap
 	for _, ip := range st.AdditionalIPs {
 		view.Network.AdditionalIps = append(view.Network.AdditionalIps, &runtimeapi.PodIP{Ip: ip})
 	}
-	out := &runtimeapi.PodSandboxStatusResponse{Status: view, Timestamp: time.Now().UnixNano()}
+	return view
+}
+
+// containerViews are the containers of a pod, oldest first.
+func (s *Service) containerViews(p *pod) []*runtimeapi.ContainerStatus {
+	var views []*runtimeapi.ContainerStatus
 	for _, c := range s.sortedContainers(p.spec.ID) {
-		out.ContainersStatuses = append(out.ContainersStatuses, c.view())
+		views = append(views, c.view())
 	}
-	if req.GetVerbose() {
-		out.Info, err = info(map[string]any{
-			"pid": st.PausePid, "networkNamespace": s.netNS(p), "cgroup": st.Cgroup, "bootID": st.BootID,
-			"readyAt": st.ReadyAt, "stoppedAt": st.StoppedAt, "released": st.Released,
-			"hostname": p.spec.Hostname, "config": p.spec.Config,
-		})
-	}
-	return out, err
+	return views
 }
 
 func (s *Service) containerStatus(req *runtimeapi.ContainerStatusRequest) (*runtimeapi.ContainerStatusResponse, error) {
@@ -53,8 +67,8 @@ func (s *Service) containerStatus(req *runtimeapi.ContainerStatusRequest) (*runt
 	out := &runtimeapi.ContainerStatusResponse{Status: c.view()}
 	if req.GetVerbose() {
 		out.Info, err = info(map[string]any{
-			"pid": c.status.snapshot().Pid, "sandboxID": c.spec.PodID, "notApplied": c.spec.NotApplied,
-			"runtimeSpec": c.spec.OCI, "config": c.spec.Config,
+			"pid": c.status.snapshot().Pid, "sandboxID": c.spec.PodID, "notApplied": c.notApplied(),
+			"runtimeSpec": c.oci(), "config": c.spec.Config,
 		})
 	}
 	return out, err
@@ -79,15 +93,16 @@ func (c *container) view() *runtimeapi.ContainerStatus {
 		LogPath: c.spec.LogPath, StopSignal: criSignal(c.spec.StopSignal),
 	}
 	if view.Message == "" && st.FinishedAt.IsZero() {
-		view.Message = strings.Join(c.spec.NotApplied, "; ")
+		view.Message = strings.Join(c.notApplied(), "; ")
 	}
-	if c.spec.OCI == nil {
+	oci := c.oci()
+	if oci == nil {
 		return view
 	}
-	if linux := c.spec.OCI.Linux; linux != nil {
-		view.Resources = &runtimeapi.ContainerResources{Linux: resources(linux.Resources, c.spec.OCI.Process)}
+	if linux := oci.Linux; linux != nil {
+		view.Resources = &runtimeapi.ContainerResources{Linux: resources(linux.Resources, oci.Process)}
 	}
-	if process := c.spec.OCI.Process; process != nil {
+	if process := oci.Process; process != nil {
 		user := &runtimeapi.LinuxContainerUser{Uid: int64(process.User.UID), Gid: int64(process.User.GID)}
 		for _, gid := range process.User.AdditionalGids {
 			user.SupplementalGroups = append(user.SupplementalGroups, int64(gid))
