@@ -25,6 +25,7 @@ type config struct {
 	Network    networkConfig                    `json:"network"`
 	Limits     string                           `json:"limits"`
 	Streaming  streamingConfig                  `json:"streaming"`
+	GRPC       grpcConfig                       `json:"grpc"`
 	Images     imagesConfig                     `json:"images"`
 	CopyUp     []string                         `json:"copyUp"`
 	Registries map[string]images.RegistryConfig `json:"registries"`
@@ -45,6 +46,11 @@ type networkConfig struct {
 
 type streamingConfig struct {
 	Address string `json:"address"`
+}
+
+type grpcConfig struct {
+	Reflection bool `json:"reflection"`
+	Health     bool `json:"health"`
 }
 
 type imagesConfig struct {
@@ -135,6 +141,8 @@ var keys = []key{
 	truth("host-loopback", "network.hostLoopback", "let pods reach the host's 127.0.0.1 as 10.0.2.2", func(c *config) *bool { return &c.Network.HostLoopback }),
 	oneOf(text("limits", "limits", "what becomes of a limit that cannot be applied here: left out and shown, or an error", func(c *config) *string { return &c.Limits }), "best-effort", "strict"),
 	text("streaming-address", "streaming.address", "loopback address of the exec, attach and port-forward server; port 0 picks one", func(c *config) *string { return &c.Streaming.Address }),
+	truth("grpc-reflection", "grpc.reflection", "serve gRPC reflection on the CRI's socket, for grpcurl and the like", func(c *config) *bool { return &c.GRPC.Reflection }),
+	truth("grpc-health", "grpc.health", "serve the gRPC health service on the CRI's socket, for probes", func(c *config) *bool { return &c.GRPC.Health }),
 	number("max-layer-bytes", "images.maxLayerBytes", "largest unpacked size of one image layer, in bytes",
 		func(c *config, n int64) { c.Images.MaxLayerBytes = n }, func(c config) int64 { return c.Images.MaxLayerBytes }),
 	truth("refuse-unmapped-ids", "images.refuseUnmappedIDs", "refuse an image with owners outside this user's id range, in place of giving those files to 65534",

@@ -89,7 +89,8 @@ func runDaemon(ctx context.Context, c config, node rootless.Node) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, service.Close()) }()
-	return serve(ctx, node, newServer(service, images.NewService(store), log), &http.Server{Handler: adminHandler(store), ReadHeaderTimeout: 5 * time.Second}, log)
+	server := newServer(ctx, c.GRPC, service, images.NewService(store), log)
+	return serve(ctx, node, server, &http.Server{Handler: adminHandler(store), ReadHeaderTimeout: 5 * time.Second}, log)
 }
 
 func serve(ctx context.Context, node rootless.Node, server *grpc.Server, adminServer *http.Server, log *slog.Logger) error {

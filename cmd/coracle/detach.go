@@ -67,7 +67,7 @@ func lastLine(path string) string {
 // dialCRI opens a connection to the node's CRI; the first call makes it.
 func dialCRI(node rootless.Node) (*grpc.ClientConn, error) {
 	return grpc.NewClient(node.Endpoint(), grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)))
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer)))
 }
 
 // awaitReady returns nil once the node answers Version.

@@ -13,24 +13,48 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/reflection"
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// maxMessage bounds a gRPC message both ways, in bytes: an ExecSync answer carries 16 MiB of each stream.
-const maxMessage = 40 << 20
+const (
+	// maxRequest and maxAnswer bound gRPC messages, in bytes. The clients of the CRI take 16 MiB; an ExecSync answer
+	// may carry that much of each stream, to who asks for more.
+	maxRequest, maxAnswer = 16 << 20, 40 << 20
+	// maxCalls bounds the calls of one connection that are served at once; further ones wait on the client's side.
+	maxCalls = 1000
+	// maxHeaders bounds the metadata of a call, in bytes. The CRI's clients send some hundred.
+	maxHeaders = 64 << 10
+	// A client that connects and says nothing, and one that answers no ping any more (stopped, or hung), is let go
+	// after this long.
+	handshakeTimeout        = 10 * time.Second
+	pingEvery, pingPatience = 2 * time.Minute, 20 * time.Second
+)
 
-// newServer makes the CRI's gRPC server. A panic in one call becomes Internal and leaves the others alone.
-func newServer(runtime runtimeapi.RuntimeServiceServer, images runtimeapi.ImageServiceServer, log *slog.Logger) *grpc.Server {
+// newServer makes the CRI's gRPC server. A panic in one call becomes Internal and leaves the others alone. Calls that
+// stream end with ctx, so that a client which reads events for ever does not hold up the daemon's end.
+func newServer(ctx context.Context, c grpcConfig, runtime runtimeapi.RuntimeServiceServer, images runtimeapi.ImageServiceServer,
+	log *slog.Logger) *grpc.Server {
 	s := grpc.NewServer(
-		grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage),
+		grpc.MaxRecvMsgSize(maxRequest), grpc.MaxSendMsgSize(maxAnswer), grpc.MaxConcurrentStreams(maxCalls),
+		grpc.MaxHeaderListSize(maxHeaders), grpc.ConnectionTimeout(handshakeTimeout),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingEvery, Timeout: pingPatience}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
 		grpc.ChainUnaryInterceptor(logCalls(log), recoverUnary(log)),
-		grpc.ChainStreamInterceptor(recoverStream(log)),
+		grpc.ChainStreamInterceptor(logStreams(log), recoverStream(log), endStreams(ctx)),
 	)
 	runtimeapi.RegisterRuntimeServiceServer(s, runtime)
 	runtimeapi.RegisterImageServiceServer(s, images)
+	if c.Health {
+		healthpb.RegisterHealthServer(s, health.NewServer())
+	}
+	if c.Reflection {
+		reflection.Register(s)
+	}
 	return s
 }
 
@@ -38,15 +62,49 @@ func logCalls(log *slog.Logger) grpc.UnaryServerInterceptor {
 	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 		began := time.Now()
 		resp, err := handler(ctx, req)
-		level := slog.LevelDebug
-		if err != nil && status.Code(err) != codes.NotFound {
-			level = slog.LevelWarn
-		}
-		// The request is not logged: it may carry registry credentials.
-		log.Log(ctx, level, "call", "method", info.FullMethod, "took", time.Since(began), "err", err)
+		logCall(ctx, log, info.FullMethod, began, err)
 		return resp, err
 	}
 }
+
+func logStreams(log *slog.Logger) grpc.StreamServerInterceptor {
+	return func(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+		began := time.Now()
+		err := handler(srv, stream)
+		logCall(stream.Context(), log, info.FullMethod, began, err)
+		return err
+	}
+}
+
+// logCall does not log the request: it may carry registry credentials.
+func logCall(ctx context.Context, log *slog.Logger, method string, began time.Time, err error) {
+	level := slog.LevelWarn
+	switch status.Code(err) {
+	case codes.OK, codes.NotFound, codes.Canceled:
+		level = slog.LevelDebug
+	}
+	log.Log(ctx, level, "call", "method", method, "took", time.Since(began), "err", err)
+}
+
+// errEnding is what a stream's client is told when the daemon ends.
+var errEnding = status.Error(codes.Unavailable, "the daemon is ending, or is being replaced; pods go on: call again")
+
+// endStreams ends the context of each call that streams with the server's own.
+func endStreams(server context.Context) grpc.StreamServerInterceptor {
+	return func(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+		ctx, cancel := context.WithCancelCause(stream.Context())
+		defer cancel(nil)
+		defer context.AfterFunc(server, func() { cancel(errEnding) })()
+		return handler(srv, endingStream{stream, ctx})
+	}
+}
+
+type endingStream struct {
+	grpc.ServerStream
+	ctx context.Context
+}
+
+func (s endingStream) Context() context.Context { return s.ctx }
 
 func recoverUnary(log *slog.Logger) grpc.UnaryServerInterceptor {
 	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
