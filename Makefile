@@ -4,7 +4,9 @@
 GO      ?= $(CURDIR)/scripts/go
 PREFIX  ?= /usr/local
 VERSION ?= $(or $(CORACLE_VERSION),$(shell scripts/version.sh))
-# RUN narrows test-unit, e2e and bench to the tests whose name matches: make e2e RUN=TestCrictlWalk
+# FUZZTIME is how long `make fuzz` spends on each target.
+FUZZTIME ?= 60s
+# RUN narrows test-unit, e2e, fuzz and bench to the tests whose name matches: make e2e RUN=TestCrictlWalk
 RUN     ?= .
 
 # RootlessKit's other network stacks stay out of the program: a third of its size and of each process's memory.
@@ -12,6 +14,8 @@ LEAN := no_gvisortapvsock no_vpnkit no_lxcusernic
 # libcontainer with seccomp, by libseccomp; without checkpoint and restore, which the kernel does not grant here.
 KEEPER := seccomp runc_nocriu
 
+# The packages with fuzz targets.
+FUZZED  := ./pod ./images
 COVERED  = $(shell $(GO) list ./... | grep -v -x 'github.com/coracle-cri/coracle/e2e')
 CACHE   := .cache
 CRICTL  := $(CACHE)/bin/crictl
@@ -24,7 +28,7 @@ export GOFLAGS  := -buildvcs=false
 MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
-.PHONY: help build install demo demo-here test test-here test-unit lint e2e bench bench-here fmt clean
+.PHONY: help build install demo demo-here test test-here test-unit lint e2e fuzz fuzz-here bench bench-here fmt clean
 
 help: ## list the targets
 	@echo "coracle $(VERSION), a rootless CRI runtime"
@@ -65,6 +69,20 @@ lint: $(LINTER) ## go vet and golangci-lint, at a pinned version
 
 e2e: build $(CRICTL) ## end-to-end tests, as the calling user (not root); RUN=TestName for some
 	@CORACLE_E2E=$(CURDIR)/bin CORACLE_E2E_CRICTL=$(CURDIR)/$(CRICTL) $(GO) test -v -count=1 -timeout 60m -run '$(RUN)' ./e2e
+
+fuzz: ## fuzz every target for FUZZTIME each (a minute), as an ordinary user; RUN=FuzzName for some
+	@scripts/setup.sh --demo
+	@scripts/as-user.sh make fuzz-here RUN='$(RUN)' FUZZTIME=$(FUZZTIME)
+
+# The go command takes one target of one package at a time.
+fuzz-here:
+	@mkdir -p $(GOTMPDIR)
+	@for package in $(FUZZED); do \
+		for target in $$($(GO) test -tags "$(LEAN) $(KEEPER)" -list '^Fuzz' $$package | grep '^Fuzz' | grep -E '$(RUN)'); do \
+			echo "== $$package $$target"; \
+			$(GO) test -tags "$(LEAN) $(KEEPER)" -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) $$package || exit 1; \
+		done; \
+	done
 
 bench: ## medians of the CRI's calls on a node of its own
 	@scripts/setup.sh --demo

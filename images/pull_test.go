@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -405,7 +406,7 @@ func TestRecovery(t *testing.T) {
 	file := filepath.Join(s.layerDir(lost.diffID), "layer.json")
 	must(readRecord(file, &rec))
 	rec.Synced, rec.BootID = false, "another boot"
-	must(writeRecord(file, &rec))
+	must(s.writeRecord(file, &rec))
 	// What a process that was killed leaves.
 	must(os.MkdirAll(s.path("tmp", "layer-XYZ", "diff", "d"), 0o755))
 	must(os.MkdirAll(s.layerDir(sum([]byte("no record")))+"/diff", 0o755))
@@ -481,6 +482,33 @@ func waitSynced(t testing.TB, s *Store) {
 		time.Sleep(5 * time.Millisecond)
 	}
 	t.Fatal("layers are not synced")
+}
+
+// TestRecordOfALayerThatGoes: a layer may be thrown away between the moment at which its record is to be written and
+// the writing. Its directory must not get a file then, or it could not be emptied.
+func TestRecordOfALayerThatGoes(t *testing.T) {
+	h, s := newHub(t), openStore(t, Config{})
+	l := gzipLayer(t, file("f", "x"))
+	h.push(t, "app:1", imageOf(t, l))
+	pull(t, s, h.host+"/app:1")
+	waitSynced(t, s)
+	rec := *s.index.layer(l.diffID)
+	trash, err := s.trash(s.layerDir(l.diffID))
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := read(t, filepath.Join(trash, "layer.json"))
+	rec.Synced = false
+	if err := s.writeRecord(filepath.Join(s.layerDir(l.diffID), "layer.json"), &rec); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("write: %v", err)
+	}
+	if read(t, filepath.Join(trash, "layer.json")) != before {
+		t.Error("the record of a layer that was thrown away was changed")
+	}
+	if err := os.Rename(trash, s.layerDir(l.diffID)); err != nil {
+		t.Fatal(err)
+	}
+	checkStore(t, s)
 }
 
 func TestSyncMarksLayers(t *testing.T) {

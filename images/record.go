@@ -102,14 +102,15 @@ func readRecord(path string, into versioned) error {
 	return nil
 }
 
-// writeRecord replaces path by the record: a temporary file beside it, fsync, rename, fsync of the directory.
-func writeRecord(path string, record any) error {
+// writeRecord replaces path by the record: a temporary file, fsync, rename, fsync of the directory. The temporary file
+// is in tmp and not beside path: a layer may be thrown away while its record is written, and whoever empties its
+// directory must not meet a new file there.
+func (s *Store) writeRecord(path string, record any) error {
 	raw, err := json.Marshal(record)
 	if err != nil {
 		return fmt.Errorf("encode record %s: %w", path, err)
 	}
-	dir := filepath.Dir(path)
-	f, err := os.CreateTemp(dir, ".tmp-*")
+	f, err := os.CreateTemp(s.path("tmp"), "record-*")
 	if err != nil {
 		return fmt.Errorf("write record: %w", err)
 	}
@@ -124,7 +125,7 @@ func writeRecord(path string, record any) error {
 	if err := os.Rename(f.Name(), path); err != nil {
 		return u.run(fmt.Errorf("write record: %w", err))
 	}
-	return syncDir(dir)
+	return syncDir(filepath.Dir(path))
 }
 
 // syncDir makes renames and removals in dir durable.

@@ -268,7 +268,7 @@ func (s *Store) commitImage(r *imageRecord, names []string) (*imageRecord, error
 	if old := s.index.image(r.ID); old != nil {
 		r = old.merge(r)
 	}
-	if err := writeRecord(s.imageFile(r.ID), r); err != nil {
+	if err := s.writeRecord(s.imageFile(r.ID), r); err != nil {
 		return nil, err
 	}
 	losers := s.index.holders(names)
@@ -281,7 +281,7 @@ func (s *Store) commitImage(r *imageRecord, names []string) (*imageRecord, error
 			delete(loser.Tags, n)
 		}
 		loser.Digests = slices.DeleteFunc(loser.Digests, func(d string) bool { return slices.Contains(names, d) })
-		if err := writeRecord(s.imageFile(id), loser); err != nil {
+		if err := s.writeRecord(s.imageFile(id), loser); err != nil {
 			return nil, err
 		}
 		s.index.putImage(loser)

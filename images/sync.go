@@ -71,7 +71,7 @@ func (s *Store) syncLayers() error {
 	for _, l := range layers {
 		marked := *l
 		marked.Synced = true
-		err := writeRecord(filepath.Join(s.layerDir(l.DiffID), "layer.json"), &marked)
+		err := s.writeRecord(filepath.Join(s.layerDir(l.DiffID), "layer.json"), &marked)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		} else if err != nil {

@@ -277,6 +277,9 @@ func (c *fakeCgroups) MakePod(parent, podID string) (string, error) {
 	if parent == "" {
 		parent = "/pods"
 	}
+	if strings.Contains(parent, "..") || strings.ContainsAny(parent, "\n\x00") {
+		return "", cgroupv2.ErrInvalidPath
+	}
 	path := filepath.Join(parent, "pod"+podID)
 	return path, os.MkdirAll(filepath.Join(c.root, path), 0o755)
 }

@@ -22,7 +22,7 @@ import (
 // harness is a service on working fakes. At its end nothing may be left: on disk, in memory, in the kernel.
 type harness struct {
 	*Service
-	t       *testing.T
+	t       testing.TB
 	cfg     Config
 	keeper  *fakeKeeper
 	network *fakeNetwork
@@ -31,7 +31,7 @@ type harness struct {
 	logs    string
 }
 
-func newHarness(t *testing.T) *harness {
+func newHarness(t testing.TB) *harness {
 	t.Helper()
 	dir := t.TempDir()
 	goroutines := goleak.IgnoreCurrent()
@@ -77,7 +77,7 @@ func newHarness(t *testing.T) *harness {
 	return h
 }
 
-type testWriter struct{ t *testing.T }
+type testWriter struct{ t testing.TB }
 
 func (w testWriter) Write(p []byte) (int, error) {
 	w.t.Log(strings.TrimSpace(string(p)))
@@ -253,7 +253,7 @@ func (h *harness) checkNothingLeft() {
 	}
 }
 
-func wantCode(t *testing.T, err error, want codes.Code) {
+func wantCode(t testing.TB, err error, want codes.Code) {
 	t.Helper()
 	if status.Code(err) != want {
 		t.Errorf("got %v, want code %s", err, want)
