@@ -14,6 +14,10 @@ LEAN := no_gvisortapvsock no_vpnkit no_lxcusernic
 # libcontainer with seccomp, by libseccomp; without checkpoint and restore, which the kernel does not grant here.
 KEEPER := seccomp runc_nocriu
 
+# The modes of the test VM (scripts/vm.sh), and the end-to-end tests that ask for what it has.
+MODES   ?= full memory plain service
+VMTESTS := ^(TestDelegation|TestLimit|TestOOM)
+
 # The packages with fuzz targets.
 FUZZED  := ./pod ./images
 COVERED  = $(shell $(GO) list ./... | grep -v -x 'github.com/coracle-cri/coracle/e2e')
@@ -28,7 +32,7 @@ export GOFLAGS  := -buildvcs=false
 MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
-.PHONY: help build install demo demo-here test test-here test-unit lint e2e fuzz fuzz-here bench bench-here fmt clean
+.PHONY: help build install demo demo-here test test-here test-unit lint e2e e2e-vm e2e-vm-here fuzz fuzz-here bench bench-here fmt clean
 
 help: ## list the targets
 	@echo "coracle $(VERSION), a rootless CRI runtime"
@@ -69,6 +73,21 @@ lint: $(LINTER) ## go vet and golangci-lint, at a pinned version
 
 e2e: build $(CRICTL) ## end-to-end tests, as the calling user (not root); RUN=TestName for some
 	@CORACLE_E2E=$(CURDIR)/bin CORACLE_E2E_CRICTL=$(CURDIR)/$(CRICTL) $(GO) test -v -count=1 -timeout 60m -run '$(RUN)' ./e2e
+
+e2e-vm: ## the tests of limits and delegation in a VM that has all of cgroup v2, in each of its modes; MODES="full memory"
+	@scripts/setup.sh --vm
+	@scripts/as-user.sh make e2e-vm-here RUN='$(RUN)' MODES='$(MODES)'
+
+# Every test binary is built here: the VM has no compiler, and computes 14 times slower where it is emulated.
+e2e-vm-here: build $(CRICTL)
+	@mkdir -p $(CACHE)/vm
+	@$(GO) test -c -o $(CACHE)/vm/e2e.test ./e2e
+	@for mode in $(MODES); do \
+		echo "== $$mode"; \
+		scripts/vm.sh --mode $$mode --with bin --with $(CRICTL) --with $(CACHE)/vm/e2e.test --log $(CACHE)/vm/log-$$mode \
+			--env CORACLE_E2E=/payload/bin --env CORACLE_E2E_CRICTL=/payload/crictl --env CORACLE_E2E_VM=$$mode \
+			-- /payload/e2e.test -test.v -test.timeout 40m -test.run '$(if $(filter .,$(RUN)),$(VMTESTS),$(RUN))' || exit 1; \
+	done
 
 fuzz: ## fuzz every target for FUZZTIME each (a minute), as an ordinary user; RUN=FuzzName for some
 	@scripts/setup.sh --demo

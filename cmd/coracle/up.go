@@ -122,12 +122,16 @@ func runLocked(interrupted context.Context, c config, node rootless.Node, out io
 	if err != nil {
 		return err
 	}
+	if delegation, err = delegation.Obtain(node.CgroupName()); err != nil {
+		return err
+	}
 	if err := node.MakeDirs(); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, node.Sweep()) }()
 
-	record := rootless.Record{Program: version, Driver: c.Network.Driver, CgroupFound: delegation.Sentence, CgroupHint: delegation.Hint}
+	record := rootless.Record{Program: version, Driver: c.Network.Driver,
+		CgroupFound: delegation.Sentence, CgroupHint: delegation.Hint, CgroupAttempts: delegation.Attempts}
 	if delegation.Path != "" {
 		record.Cgroup = delegation.NodePath(node.CgroupName())
 	}
