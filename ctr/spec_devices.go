@@ -22,7 +22,7 @@ func (b *builder) devices() error {
 		return unsupported("CDI device %s: this node reads no CDI specifications", b.req.Container.GetCDIDevices()[0].GetName())
 	}
 	var mounts []specs.Mount
-	if b.security.GetPrivileged() {
+	if b.security.GetPrivileged() && !b.ownDev() {
 		// "All devices from the host's /dev are available within the container" (CRI): those that this user can open.
 		paths, err := b.req.Host.FS.Devices("/dev")
 		if err != nil {
@@ -44,6 +44,11 @@ func (b *builder) devices() error {
 	b.spec.Mounts = append(b.spec.Mounts, dropCovered(mounts)...)
 	sortMounts(b.spec.Mounts)
 	return nil
+}
+
+// ownDev tells whether the container mounts a /dev itself, in which all is that is to be there.
+func (b *builder) ownDev() bool {
+	return slices.ContainsFunc(b.spec.Mounts, func(m specs.Mount) bool { return m.Destination == "/dev" && m.Type == "bind" })
 }
 
 // dropCovered keeps the last of the mounts on one path.

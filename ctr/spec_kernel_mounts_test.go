@@ -67,6 +67,20 @@ func TestMountsInTheKernel(t *testing.T) {
 	})
 }
 
+// TestTheNodesDevInTheKernel: nothing of the node's /dev belongs to the node's user, so nothing can be made in it.
+func TestTheNodesDevInTheKernel(t *testing.T) {
+	for _, privileged := range []bool{false, true} {
+		got := runScript(t, status+`
+			echo "null=$(can sh -c 'echo x >/dev/null')"; echo "same=$(can test /dev -ef /nodedev)"
+			below() { cut -d' ' -f5 /proc/self/mountinfo | grep -c "^$1/"; }
+			echo "below=$(test "$(below /dev)" = "$(below /nodedev)" && echo same)"
+		`, volumes(
+			&runtimeapi.Mount{HostPath: "/dev", ContainerPath: "/dev"}, &runtimeapi.Mount{HostPath: "/dev", ContainerPath: "/nodedev"},
+		), security(func(s *securityContext) { s.Privileged = privileged }))
+		expect(t, got, map[string]string{"null": "yes", "same": "yes", "below": "same"})
+	}
+}
+
 func TestPropagationInTheKernel(t *testing.T) {
 	source := realDir(t, "shared")
 	mountTmpfs(t, source, 0)
