@@ -70,8 +70,8 @@ func TestContainerLife(t *testing.T) {
 
 func TestCreateContainerErrors(t *testing.T) {
 	h := newHarness(t)
-	pod := h.run(h.podConfig("p"))
-	h.create(pod, shell("taken", "exit 0"))
+	pod, other := h.run(h.podConfig("p")), h.run(h.podConfig("other"))
+	taken := h.create(pod, shell("taken", "exit 0"))
 	with := func(change func(*runtimeapi.ContainerConfig)) *runtimeapi.ContainerConfig {
 		c := shell("c", "exit 0")
 		change(c)
@@ -91,6 +91,22 @@ func TestCreateContainerErrors(t *testing.T) {
 		{"privileged", pod, with(func(c *runtimeapi.ContainerConfig) { c.Linux.SecurityContext.Privileged = true }), codes.InvalidArgument},
 		{"log path", pod, with(func(c *runtimeapi.ContainerConfig) { c.LogPath = "../../x" }), codes.InvalidArgument},
 		{"pid POD", pod, with(func(c *runtimeapi.ContainerConfig) { c.Linux.SecurityContext.NamespaceOptions.Pid = modePod }), codes.InvalidArgument},
+		{"network of the node in a pod with its own", pod, with(func(c *runtimeapi.ContainerConfig) {
+			c.Linux.SecurityContext.NamespaceOptions.Network = modeNode
+		}), codes.InvalidArgument},
+		{"ipc of the node in a pod with its own", pod, with(func(c *runtimeapi.ContainerConfig) { c.Linux.SecurityContext.NamespaceOptions.Ipc = modeNode }), codes.InvalidArgument},
+		{"network of its own", pod, with(func(c *runtimeapi.ContainerConfig) {
+			c.Linux.SecurityContext.NamespaceOptions.Network = modeContainer
+		}), codes.InvalidArgument},
+		{"no such target", pod, with(func(c *runtimeapi.ContainerConfig) {
+			c.Linux.SecurityContext.NamespaceOptions = &runtimeapi.NamespaceOption{Pid: modeTarget, TargetId: "nope"}
+		}), codes.InvalidArgument},
+		{"target that does not run", pod, with(func(c *runtimeapi.ContainerConfig) {
+			c.Linux.SecurityContext.NamespaceOptions = &runtimeapi.NamespaceOption{Pid: modeTarget, TargetId: taken}
+		}), codes.FailedPrecondition},
+		{"target of another pod", other, with(func(c *runtimeapi.ContainerConfig) {
+			c.Linux.SecurityContext.NamespaceOptions = &runtimeapi.NamespaceOption{Pid: modeTarget, TargetId: taken}
+		}), codes.InvalidArgument},
 		{"group without user", pod, with(func(c *runtimeapi.ContainerConfig) {
 			c.Linux.SecurityContext.RunAsGroup = &runtimeapi.Int64Value{Value: 1}
 		}), codes.InvalidArgument},
@@ -115,6 +131,9 @@ func TestCreateContainerErrors(t *testing.T) {
 	wantCode(t, err, codes.Internal)
 	h.images.set("mount", nil)
 	h.create(pod, shell("c", "")) // and the name is free
+	again := shell("taken", "")
+	again.Metadata.Attempt = 1
+	h.create(pod, again)
 }
 
 func TestStartFailure(t *testing.T) {

@@ -25,6 +25,12 @@ const (
 func TestValidatePod(t *testing.T) {
 	type config = runtimeapi.PodSandboxConfig
 	security := func(c *config) *runtimeapi.LinuxSandboxSecurityContext { return c.Linux.SecurityContext }
+	idMapping := []*runtimeapi.IDMapping{{HostId: 65536, Length: 65536}}
+	userns := func(uids, gids []*runtimeapi.IDMapping) func(*config) {
+		return func(c *config) {
+			security(c).NamespaceOptions.UsernsOptions = &runtimeapi.UserNamespace{Mode: modePod, Uids: uids, Gids: gids}
+		}
+	}
 	for _, tc := range []struct {
 		name    string
 		handler string
@@ -57,9 +63,13 @@ func TestValidatePod(t *testing.T) {
 		{name: "userns NODE with mappings", change: func(c *config) {
 			security(c).NamespaceOptions.UsernsOptions = &runtimeapi.UserNamespace{Mode: modeNode, Uids: []*runtimeapi.IDMapping{{Length: 1}}}
 		}, want: codes.InvalidArgument},
-		{name: "userns POD", change: func(c *config) {
-			security(c).NamespaceOptions.UsernsOptions = &runtimeapi.UserNamespace{Mode: modePod, Uids: []*runtimeapi.IDMapping{{HostId: 65536, Length: 65536}}}
-		}, want: codes.Unimplemented, says: "hostUsers"},
+		{name: "userns POD, a mapping each", change: userns(idMapping, idMapping), want: codes.Unimplemented, says: "hostUsers"},
+		{name: "userns POD without mappings", change: userns(nil, nil), want: codes.Unimplemented, says: "hostUsers"},
+		{name: "userns POD, two mappings", change: userns(append(idMapping, idMapping...), idMapping), want: codes.InvalidArgument, says: "2 mappings in uids"},
+		{name: "userns POD, no gids", change: userns(idMapping, nil), want: codes.InvalidArgument, says: "0 mappings in gids"},
+		{name: "userns POD, root not mapped", change: userns(idMapping, []*runtimeapi.IDMapping{{ContainerId: 1, HostId: 1, Length: 9}}),
+			want: codes.InvalidArgument, says: "container id 1 in gids"},
+		{name: "userns POD, empty mapping", change: userns([]*runtimeapi.IDMapping{{HostId: 1}}, idMapping), want: codes.InvalidArgument, says: "0 ids"},
 		{name: "userns CONTAINER", change: func(c *config) {
 			security(c).NamespaceOptions.UsernsOptions = &runtimeapi.UserNamespace{Mode: modeContainer}
 		}, want: codes.InvalidArgument},
@@ -80,6 +90,11 @@ func TestValidatePod(t *testing.T) {
 			security(c).NamespaceOptions.Ipc = modeNode
 			c.Linux.Sysctls = map[string]string{"kernel.shmmax": "1"}
 		}, want: codes.InvalidArgument},
+		{name: "cgroup parent", change: func(c *config) { c.Linux.CgroupParent = "/kubepods/burstable/poduid" }},
+		{name: "cgroup parent that is a slice", change: func(c *config) { c.Linux.CgroupParent = "kubepods-burstable.slice" },
+			want: codes.InvalidArgument, says: "cgroupDriver: cgroupfs"},
+		{name: "cgroup parent that is a path of slices", change: func(c *config) { c.Linux.CgroupParent = "/kubepods.slice/kubepods-burstable.slice" },
+			want: codes.InvalidArgument, says: "kubepods-burstable.slice"},
 		{name: "port 70000", change: func(c *config) { c.PortMappings = []*runtimeapi.PortMapping{{HostPort: 70000, ContainerPort: 80}} }, want: codes.InvalidArgument},
 		{name: "no container port", change: func(c *config) { c.PortMappings = []*runtimeapi.PortMapping{{HostPort: 80}} }, want: codes.InvalidArgument},
 		{name: "no host port", change: func(c *config) {
