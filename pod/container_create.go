@@ -108,7 +108,7 @@ func (s *Service) specRequest(ctx context.Context, p *pod, spec *containerSpec, 
 	}
 	volumes, err := s.mountImageVolumes(ctx, spec, back)
 	if err != nil {
-		return ctr.SpecRequest{}, err
+		return ctr.SpecRequest{}, imageVolumeError{err}
 	}
 	namespaces, err := s.containerNamespaces(p, spec)
 	if err != nil {
@@ -134,7 +134,7 @@ func (s *Service) mountImageVolumes(ctx context.Context, spec *containerSpec, ba
 	for owner, m := range spec.imageVolumes() {
 		image, err := s.deps.Images.Get(m.GetImage().GetImage())
 		if err != nil {
-			return nil, fmt.Errorf("resolve image volume %q: %w", m.GetImage().GetImage(), err)
+			return nil, fmt.Errorf("resolve image volume %q at %s: %w", m.GetImage().GetImage(), m.GetContainerPath(), err)
 		}
 		back.push("image volume", func(context.Context) error { return s.deps.Images.UnmountImageVolume(owner) })
 		dir, err := s.deps.Images.MountImageVolume(ctx, owner, image.ID, m.GetImageSubPath())

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/coracle-cri/coracle/ctr"
@@ -330,4 +331,30 @@ func TestImageVolumes(t *testing.T) {
 	if _, err := h.RemoveContainer(h.ctx(), &runtimeapi.RemoveContainerRequest{ContainerId: id}); err != nil || len(h.images.volumes) != 0 {
 		t.Errorf("%v: left %v", err, h.images.volumes)
 	}
+}
+
+// TestImageVolumeFailures: the kubelet tells them by the beginning of the message, people by the rest.
+func TestImageVolumeFailures(t *testing.T) {
+	h := newHarness(t)
+	pod := h.run(h.podConfig("p"))
+	volume := func(image, sub string) *runtimeapi.ContainerConfig {
+		c := shell("c", "exit 0")
+		c.Mounts = []*runtimeapi.Mount{{ContainerPath: "/v", Image: &runtimeapi.ImageSpec{Image: image}, ImageSubPath: sub}}
+		return c
+	}
+	for _, tc := range []struct {
+		config *runtimeapi.ContainerConfig
+		says   string
+	}{{volume("nope", ""), "nope"}, {volume(testImage, missingSubPath), missingSubPath}} {
+		_, err := h.tryCreate(pod, tc.config)
+		wantCode(t, err, codes.NotFound)
+		if text := status.Convert(err).Message(); !strings.HasPrefix(text, "ImageVolumeMountFailed: ") || !strings.Contains(text, tc.says) || !strings.Contains(text, "/v") {
+			t.Errorf("message %q", text)
+		}
+		if len(h.images.volumes)+len(h.images.mounted) > 0 {
+			t.Errorf("left %v %v", h.images.volumes, h.images.mounted)
+		}
+	}
+	_, err := h.tryCreate(pod, volume("", ""))
+	wantCode(t, err, codes.InvalidArgument) // neither an image nor a path
 }
