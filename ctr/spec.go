@@ -57,6 +57,7 @@ func BuildSpec(req SpecRequest) (*specs.Spec, []string, error) {
 		b.paths,
 		b.mounts,
 		b.devices,
+		b.cdi, // after what it outranks
 		b.resources,
 		b.rlimits,
 		b.seccomp, // last: its rules depend on the capabilities

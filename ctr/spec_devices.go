@@ -18,9 +18,6 @@ var libcontainerDevices = []string{"/dev/null", "/dev/zero", "/dev/full", "/dev/
 // devices binds the node's devices. They are mounts, not entries of linux.devices: libcontainer would bind such an
 // entry from the same path on the node, and the CRI lets the two paths differ.
 func (b *builder) devices() error {
-	if len(b.req.Container.GetCDIDevices()) > 0 {
-		return unsupported("CDI device %s: this node reads no CDI specifications", b.req.Container.GetCDIDevices()[0].GetName())
-	}
 	var mounts []specs.Mount
 	if b.security.GetPrivileged() && !b.ownDev() {
 		// "All devices from the host's /dev are available within the container" (CRI): those that this user can open.
@@ -91,7 +88,7 @@ func (b *builder) device(d *runtimeapi.Device) ([]specs.Mount, error) {
 	}
 	inside = filepath.Clean(inside)
 	switch {
-	case src.Mode&fs.ModeDevice != 0:
+	case src.Mode&(fs.ModeDevice|fs.ModeNamedPipe) != 0:
 		return b.deviceNode(src.Path, inside)
 	case !src.Mode.IsDir():
 		return nil, invalid("device %s is neither a device nor a directory of devices", host)

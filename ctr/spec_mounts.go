@@ -226,7 +226,7 @@ func (b *builder) mountSource(m *runtimeapi.Mount) (Source, error) {
 	}
 	src, err := b.req.Host.FS.Lookup(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return Source{}, invalid("mount %s: host_path %s does not exist", at, path)
+		return Source{}, invalid("mount %s: host_path %s does not exist; make it first (in a pod: hostPath.type DirectoryOrCreate)", at, path)
 	}
 	if err != nil {
 		return Source{}, invalid("mount %s: %w", at, err)

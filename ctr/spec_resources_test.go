@@ -203,9 +203,6 @@ func TestDevices(t *testing.T) {
 	} {
 		refused(t, c.class, []string{c.word}, withDevices(c.d))
 	}
-	refused(t, ErrUnsupported, []string{"vendor.com/gpu=0"}, func(r *SpecRequest) {
-		r.Container.CDIDevices = []*runtimeapi.CDIDevice{{Name: "vendor.com/gpu=0"}}
-	})
 }
 
 func TestADeviceAskedForOutranksThePrivilegedContainersOwn(t *testing.T) {
