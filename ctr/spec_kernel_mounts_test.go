@@ -15,6 +15,8 @@ import (
 	"github.com/opencontainers/runc/libcontainer/seccomp"
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/coracle-cri/coracle/rootless/nstest"
 )
 
 // mountTmpfs mounts a tmpfs with flags on dir until the end of the test.
@@ -120,6 +122,41 @@ func TestPropagationInTheKernel(t *testing.T) {
 	}
 	if p, err := (nodeFS{}).Propagation("/"); err != nil || p.Shared {
 		t.Errorf("propagation of a private mount: %+v, %v", p, err)
+	}
+}
+
+// TestCDIInTheKernel: from a specification on disk to what a container sees.
+func TestCDIInTheKernel(t *testing.T) {
+	lib, marks := realDir(t, "lib"), realDir(t, "marks")
+	mountTmpfs(t, lib, unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC)
+	must(t, os.WriteFile(lib+"/libgpu.so", []byte("driver\n"), 0o644))
+	groups := "additionalGids: [44], "
+	if nstest.IDs() == 1 {
+		groups = ""
+	}
+	dirs := cdiFiles(t, fmt.Sprintf(`cdiVersion: "0.7.0"
+kind: vendor.com/gpu
+devices:
+- name: "0"
+  containerEdits:
+    deviceNodes: [{path: /dev/gpu0, hostPath: /dev/full, permissions: rw}]
+containerEdits: {%senv: [GPU=0],
+  mounts: [{hostPath: %s, containerPath: /opt/gpu, options: [ro, nosuid, nodev, bind]}],
+  hooks: [{hookName: createContainer, path: /bin/sh, args: [sh, -ec, "touch %s/$HOOK"], env: [HOOK=createContainer, "PATH=/usr/bin:/bin"]}]}
+`, groups, lib, marks))
+	got := runScript(t, status+`
+		echo "env=$GPU"; echo "isdev=$(can test -c /dev/gpu0)"; echo "full=$(can sh -c 'echo x > /dev/gpu0')"
+		echo "lib=$(cat /opt/gpu/libgpu.so)"; echo "flags=$(flags /opt/gpu)"; echo "groups=$(id -G)"
+	`, func(r *SpecRequest) {
+		r.Host.CDISpecDirs = dirs
+		r.Container.CDIDevices = []*runtimeapi.CDIDevice{{Name: "vendor.com/gpu=0"}}
+	})
+	expect(t, got, map[string]string{"env": "0", "isdev": "yes", "full": "no", "lib": "driver", "flags": "ro,nosuid,nodev,noexec,relatime"})
+	if groups != "" {
+		expect(t, got, map[string]string{"groups": "0 44"})
+	}
+	if _, err := os.Stat(filepath.Join(marks, "createContainer")); err != nil {
+		t.Errorf("the hook has not run: %v", err)
 	}
 }
 

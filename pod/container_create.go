@@ -159,10 +159,15 @@ func (s *Service) containerNamespaces(p *pod, spec *containerSpec) (ctr.Namespac
 		ns.PID = pin
 		return ns, err
 	default:
-		if !p.sharesPID() {
-			return ns, invalid("pid namespace mode POD: the sandbox was made with mode %s", p.namespaces().GetPid())
+		switch mode := p.namespaces().GetPid(); mode {
+		case runtimeapi.NamespaceMode_POD:
+			ns.PID = p.nsPath("pid")
+		case runtimeapi.NamespaceMode_NODE:
+			ns.HostPID = true // which is the pod's
+		default:
+			return ns, invalid("pid namespace mode POD: the sandbox was made with mode %s and has none to share; "+
+				"give both POD, or both CONTAINER", mode)
 		}
-		ns.PID = p.nsPath("pid")
 	}
 	return ns, nil
 }

@@ -44,6 +44,9 @@ func TestContainerLife(t *testing.T) {
 	if st.StopSignal != runtimeapi.Signal_SIGNAL_SIGQUIT || st.User.Linux.Uid != 0 {
 		t.Errorf("stop signal %v, user %v", st.StopSignal, st.User)
 	}
+	if !strings.Contains(st.Message, "RAW") { // what is not as asked is told while the container lives
+		t.Errorf("message %q", st.Message)
+	}
 	if want := filepath.Join(h.logs, "p/app/0.log"); st.LogPath != want {
 		t.Errorf("log path %s", st.LogPath)
 	}
@@ -113,6 +116,9 @@ func TestCreateContainerErrors(t *testing.T) {
 		}), codes.InvalidArgument},
 		{"no such host path", pod, with(func(c *runtimeapi.ContainerConfig) {
 			c.Mounts = []*runtimeapi.Mount{{HostPath: "/no/such/path", ContainerPath: "/x"}}
+		}), codes.InvalidArgument},
+		{"unknown CDI device", pod, with(func(c *runtimeapi.ContainerConfig) {
+			c.CDIDevices = []*runtimeapi.CDIDevice{{Name: "vendor.com/gpu=0"}}
 		}), codes.InvalidArgument},
 		{"unknown image volume", pod, with(func(c *runtimeapi.ContainerConfig) {
 			c.Mounts = []*runtimeapi.Mount{{Image: &runtimeapi.ImageSpec{Image: testImage}, ContainerPath: "/a"},

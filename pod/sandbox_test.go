@@ -6,10 +6,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -340,6 +342,28 @@ func TestHostNamespaces(t *testing.T) {
 	c := shell("c", "exit 0")
 	c.Linux.SecurityContext.NamespaceOptions = config.Linux.SecurityContext.NamespaceOptions
 	h.start(h.create(id, c))
+	// One that says nothing has what the pod has.
+	plain := shell("plain", "exit 0")
+	plain.Linux = nil
+	got, err := h.index.container(h.create(id, plain))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if kinds := got.spec.OCI.Linux.Namespaces; slices.ContainsFunc(kinds, func(n specs.LinuxNamespace) bool { return n.Type == specs.PIDNamespace }) {
+		t.Errorf("namespaces %v, want the node's pid namespace", kinds)
+	}
+}
+
+// TestSandboxIsChecked: RunPodSandbox asks ctr what no sandbox can have.
+func TestSandboxIsChecked(t *testing.T) {
+	h := newHarness(t)
+	config := h.podConfig("labelled")
+	config.Linux.SecurityContext.SelinuxOptions = &runtimeapi.SELinuxOption{Level: "s0:c1,c2"}
+	_, err := h.tryRun(config)
+	wantCode(t, err, codes.FailedPrecondition)
+	if err == nil || !strings.Contains(err.Error(), "selinux_options") {
+		t.Errorf("%v does not say what is wrong", err)
+	}
 }
 
 // TestSharedPID: the pause process holds the namespace, and the pod is not ready without it.
