@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -13,9 +14,11 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/coracle-cri/coracle/ctr"
+	"github.com/coracle-cri/coracle/rootless/nstest"
 )
 
 func eventually(t *testing.T, ok func() bool) {
@@ -38,7 +41,7 @@ func TestContainerLife(t *testing.T) {
 	if st.State != runtimeapi.ContainerState_CONTAINER_CREATED || st.CreatedAt <= 0 || st.StartedAt != 0 || st.Reason != "" {
 		t.Errorf("created: %v", st)
 	}
-	if st.Image.Image != testImage || st.ImageRef != testDigest || st.ImageId != testImageID || st.Annotations["a"] != "b" {
+	if st.Image.Image != testImage || st.ImageRef != testDigest || st.ImageId != testImageID || st.Annotations["note/app"] != " kept\nas is " || len(st.Annotations) != 2 {
 		t.Errorf("image: %v", st)
 	}
 	if st.StopSignal != runtimeapi.Signal_SIGNAL_SIGQUIT || st.User.Linux.Uid != 0 {
@@ -141,6 +144,39 @@ func TestCreateContainerErrors(t *testing.T) {
 	again := shell("taken", "")
 	again.Metadata.Attempt = 1
 	h.create(pod, again)
+}
+
+// TestStatusTellsWhatIsInForce: and not what was asked for.
+func TestStatusTellsWhatIsInForce(t *testing.T) {
+	if nstest.IDs() == 1 {
+		t.Skip("this user has no subordinate ids: newuidmap or /etc/subuid is missing")
+	}
+	h := newHarness(t)
+	pod := h.run(h.podConfig("p"))
+	config := shell("c", "exit 0")
+	config.Image.UserSpecifiedImage = "app"
+	config.StopSignal = runtimeapi.Signal_SIGNAL_SIGUSR1
+	config.Mounts = []*runtimeapi.Mount{{HostPath: "/usr", ContainerPath: "/host", Readonly: true}}
+	sc := config.Linux.SecurityContext
+	sc.RunAsUser, sc.RunAsGroup, sc.SupplementalGroups = &runtimeapi.Int64Value{Value: 1000}, &runtimeapi.Int64Value{Value: 1001}, []int64{7}
+	config.Linux.Resources = &runtimeapi.LinuxContainerResources{OomScoreAdj: -1000, CpuShares: 512}
+	st := h.status(h.create(pod, config))
+	user := st.GetUser().GetLinux()
+	if user.GetUid() != 1000 || user.GetGid() != 1001 || !slices.Equal(user.GetSupplementalGroups(), []int64{7, 1001}) {
+		t.Errorf("user %v", user)
+	}
+	if st.StopSignal != runtimeapi.Signal_SIGNAL_SIGUSR1 || st.Image.UserSpecifiedImage != "app" || !proto.Equal(st.Mounts[0], config.Mounts[0]) {
+		t.Errorf("status %v", st)
+	}
+	// No runtime without root goes below its own score, and this harness delegates no controller.
+	if r := st.GetResources().GetLinux(); r.GetOomScoreAdj() != int64(h.cfg.Host.OOMScoreAdjMin) || r.GetCpuShares() != 0 {
+		t.Errorf("resources %v", r)
+	}
+	for _, word := range []string{"oom_score_adj -1000", "cpu shares 512"} {
+		if !strings.Contains(st.Message, word) {
+			t.Errorf("message %q does not say %q", st.Message, word)
+		}
+	}
 }
 
 func TestStartFailure(t *testing.T) {
