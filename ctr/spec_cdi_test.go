@@ -155,7 +155,7 @@ func TestCDIHooks(t *testing.T) {
 		return specs.Hook{Path: "/usr/bin/hook", Args: []string{"hook", name}, Env: []string{"PATH=" + defaultPath}, Timeout: &timeout}
 	}
 	want := &specs.Hooks{
-		Prestart: []specs.Hook{made("prestart", 5)}, CreateRuntime: []specs.Hook{made("createRuntime", 60)}, //nolint:staticcheck // see cdiHooks
+		Prestart: []specs.Hook{made("prestart", 5)}, CreateRuntime: []specs.Hook{made("createRuntime", 60)},
 		CreateContainer: []specs.Hook{made("createContainer", 30), made("createContainer", 30)},
 		StartContainer:  []specs.Hook{{Path: "/in/the/container", Env: []string{"A=b"}, Timeout: ptr(30)}},
 	}

@@ -36,7 +36,7 @@ func TestHooksOfACreationAreRun(t *testing.T) {
 		return hook(fmt.Sprintf(`cat >%[1]s/%[2]s; cp "$(sed 's/.*"bundle":"\([^"]*\)".*/\1/' %[1]s/%[2]s)/config.json" %[1]s/%[2]s.config`, out, name))
 	}
 	s.Hooks = &specs.Hooks{
-		Prestart:        []specs.Hook{keep("prestart")}, //nolint:staticcheck // what some CDI specifications still ask for
+		Prestart:        []specs.Hook{keep("prestart")},
 		CreateRuntime:   []specs.Hook{keep("createRuntime")},
 		CreateContainer: []specs.Hook{keep("createContainer"), hook(fmt.Sprintf("touch %s/tmp/by-createContainer", s.Root.Path))},
 		StartContainer:  []specs.Hook{hook("touch /tmp/by-startContainer")},
