@@ -32,6 +32,9 @@ func TestContainerSpec(t *testing.T) {
 		if out := n.exec(id, "sh", "-c", "echo $CDI; ls -l /dev/mine | cut -c1; echo x 2>/dev/null >/dev/mine || echo full"); out != "yes\nc\nfull" {
 			t.Errorf("in the container: %q", out)
 		}
+		if out := n.exec(id, "cat", "/proc/sys/net/ipv4/ip_unprivileged_port_start"); out != "80" {
+			t.Errorf("sysctl of the pod: %q", out)
+		}
 		if state, err := os.ReadFile(n.path("work", "hook")); err != nil || !strings.Contains(string(state), id) {
 			t.Errorf("the hook got %q, %v", state, err)
 		}

@@ -14,6 +14,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -351,6 +352,28 @@ func TestHostNamespaces(t *testing.T) {
 	}
 	if kinds := got.spec.OCI.Linux.Namespaces; slices.ContainsFunc(kinds, func(n specs.LinuxNamespace) bool { return n.Type == specs.PIDNamespace }) {
 		t.Errorf("namespaces %v, want the node's pid namespace", kinds)
+	}
+}
+
+// TestSandboxResources: the cgroup is below the kubelet's, the resources are kept for who asks. And an attempt is another pod.
+func TestSandboxResources(t *testing.T) {
+	h := newHarness(t)
+	config := h.podConfig("p")
+	config.Linux.CgroupParent = "/kubepods/burstable"
+	config.Linux.Overhead, config.Linux.Resources = &runtimeapi.LinuxContainerResources{CpuShares: 7}, &runtimeapi.LinuxContainerResources{CpuShares: 2048}
+	for attempt := range uint32(2) {
+		config.Metadata.Attempt = attempt
+		id := h.run(proto.CloneOf(config))
+		p, err := h.index.pod(id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := p.status.snapshot().Cgroup; got != "/kubepods/burstable/pod"+id {
+			t.Errorf("cgroup %s", got)
+		}
+		if linux := p.spec.Config.GetLinux(); linux.GetOverhead().GetCpuShares() != 7 || linux.GetResources().GetCpuShares() != 2048 {
+			t.Errorf("recorded %v", linux)
+		}
 	}
 }
 
