@@ -1,7 +1,6 @@
 package pod
 
 import (
-	"errors"
 	"net/netip"
 	"path"
 	"path/filepath"
@@ -100,7 +99,10 @@ func validateUsers(users *runtimeapi.UserNamespace) error {
 		return nil
 	case runtimeapi.NamespaceMode_POD:
 		if mappings > 0 {
-			if err := errors.Join(validateIDs("uids", users.GetUids()), validateIDs("gids", users.GetGids())); err != nil {
+			if err := validateIDs("uids", users.GetUids()); err != nil {
+				return err
+			}
+			if err := validateIDs("gids", users.GetGids()); err != nil {
 				return err
 			}
 		}
