@@ -180,6 +180,8 @@ type fakeImages struct {
 }
 
 const (
+	missingSubPath = "no/such/path"
+
 	testImage   = "registry.test/app:1"
 	testImageID = "sha256:1111111111111111111111111111111111111111111111111111111111111111"
 	testDigest  = "registry.test/app@sha256:2222222222222222222222222222222222222222222222222222222222222222"
@@ -236,6 +238,9 @@ func (f *fakeImages) MountImageVolume(_ context.Context, owner, _, sub string) (
 	defer f.mu.Unlock()
 	if f.volumes[owner] {
 		return "", fmt.Errorf("%w: volume %s", images.ErrExists, owner)
+	}
+	if sub == missingSubPath {
+		return "", fmt.Errorf("sub path %s: the image has no such path: %w", sub, images.ErrNotFound)
 	}
 	f.volumes[owner] = true
 	dir := filepath.Join(f.root, "volume-"+owner, sub)

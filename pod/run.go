@@ -22,6 +22,9 @@ func (s *Service) runPod(ctx context.Context, req *runtimeapi.RunPodSandboxReque
 	if err := validatePod(config, req.GetRuntimeHandler()); err != nil {
 		return "", err
 	}
+	if err := ctr.CheckSandbox(config.GetLinux().GetSecurityContext(), s.cfg.Host); err != nil {
+		return "", fmt.Errorf("run pod: %w", err)
+	}
 	spec := podSpec{
 		ID: newID(), CreatedAt: time.Now(), Handler: req.GetRuntimeHandler(),
 		Hostname: config.GetHostname(), Config: podConfig{config},

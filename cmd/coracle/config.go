@@ -28,6 +28,7 @@ type config struct {
 	GRPC       grpcConfig                       `json:"grpc"`
 	Images     imagesConfig                     `json:"images"`
 	CopyUp     []string                         `json:"copyUp"`
+	CDIDirs    []string                         `json:"cdiSpecDirs"`
 	Registries map[string]images.RegistryConfig `json:"registries"`
 }
 
@@ -68,7 +69,20 @@ func defaults() config {
 		Streaming: streamingConfig{Address: "127.0.0.1:0"},
 		Images:    imagesConfig{MaxLayerBytes: 64 << 30},
 		CopyUp:    []string{"/etc", "/run", "/var/lib"},
+		CDIDirs:   cdiSpecDirs(),
 	}
+}
+
+// cdiSpecDirs are the two that the CDI has, and this user's own, which outrank them.
+func cdiSpecDirs() []string {
+	dirs := []string{"/etc/cdi", "/var/run/cdi"}
+	if home, err := os.UserConfigDir(); err == nil {
+		dirs = append(dirs, filepath.Join(home, "cdi"))
+	}
+	if run := os.Getenv("XDG_RUNTIME_DIR"); filepath.IsAbs(run) {
+		dirs = append(dirs, filepath.Join(run, "cdi"))
+	}
+	return dirs
 }
 
 // key is one scalar setting: its flag, its variable, its place in config.
@@ -203,6 +217,11 @@ func (s *settings) resolve(flags *pflag.FlagSet) (config, error) {
 			return c, fmt.Errorf("copyUp[%d]: %q: give an absolute directory other than /tmp", i, dir)
 		}
 	}
+	for i, dir := range c.CDIDirs {
+		if !filepath.IsAbs(dir) {
+			return c, fmt.Errorf("cdiSpecDirs[%d]: %q: give an absolute directory", i, dir)
+		}
+	}
 	return c, nil
 }
 
@@ -246,6 +265,9 @@ func (c *config) anchor(file string) error {
 		return filepath.Join(dir, path)
 	}
 	c.Images.DockerConfig = from(c.Images.DockerConfig)
+	for i, specs := range c.CDIDirs {
+		c.CDIDirs[i] = from(specs)
+	}
 	for host, registry := range c.Registries {
 		registry.CAFile = from(registry.CAFile)
 		c.Registries[host] = registry
@@ -291,6 +313,8 @@ func configCommand() *cobra.Command {
 				fmt.Fprintf(out, "%s\n    %s\n    flag --%s, variable %s, default %q\n", k.path, k.help, k.name, k.env(), k.get(defaults()))
 			}
 			fmt.Fprintf(out, "copyUp\n    directories that the node may write without the host seeing it; file only, default %s\n", strings.Join(defaults().CopyUp, ", "))
+			fmt.Fprintf(out, "cdiSpecDirs\n    directories of CDI specifications, read when a container asks for a CDI device; of two that describe a device the later counts; "+
+				"file only, default %s\n", strings.Join(defaults().CDIDirs, ", "))
 			fmt.Fprint(out, registriesHelp)
 		},
 	}

@@ -122,7 +122,8 @@ func serve(ctx context.Context, node rootless.Node, server *grpc.Server, adminSe
 func newPodConfig(c config, node rootless.Node, record rootless.Record, tree *cgroupv2.Tree, log *slog.Logger) (pod.Config, error) {
 	controllers := tree.Controllers()
 	slices.Sort(controllers)
-	host, err := ctr.GatherHost(ctr.HostOptions{CgroupUsable: tree.Usable(), Controllers: controllers, Strict: c.Limits == "strict"})
+	host, err := ctr.GatherHost(ctr.HostOptions{CgroupUsable: tree.Usable(), Controllers: controllers, Strict: c.Limits == "strict",
+		CDISpecDirs: c.CDIDirs})
 	if err != nil {
 		return pod.Config{}, err
 	}

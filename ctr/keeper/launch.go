@@ -1,6 +1,7 @@
 package keeper
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -52,9 +53,11 @@ func check(id string, req *wire.Create) error {
 	case !slices.Contains(req.Spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.MountNamespace}):
 		// Without one, libcontainer would mount into the keeper's own.
 		return fmt.Errorf("spec has no new mount namespace: %w", wire.ErrBadRequest)
-	case req.Spec.Hooks != nil:
-		// Hooks are child processes that the reaper does not know.
-		return fmt.Errorf("spec has hooks, which are not run here: %w", wire.ErrBadRequest)
+	case req.Spec.Hooks != nil && len(req.Spec.Hooks.Poststart)+len(req.Spec.Hooks.Poststop) > 0:
+		// The others run inside libcontainer's Start, while the reaper is kept away, or as children of the container's
+		// init. A poststop hook would be a child of which the reaper does not know; and as Start is only the creation
+		// here, a poststart hook would run before the program.
+		return fmt.Errorf("spec has poststart or poststop hooks, which are not run here: %w", wire.ErrBadRequest)
 	case req.LogPath != "" && !filepath.IsAbs(req.LogPath):
 		return fmt.Errorf("log path %q is not absolute: %w", req.LogPath, wire.ErrBadRequest)
 	}
@@ -73,6 +76,8 @@ func newLibcontainer(stateDir, id string, spec *specs.Spec) (*libcontainer.Conta
 	if err != nil {
 		return nil, fmt.Errorf("convert spec: %w", err)
 	}
+	bundle := filepath.Join(stateDir, id) // libcontainer's own directory of the container, which goes with it
+	config.Labels = append(config.Labels, "bundle="+bundle)
 	c, err := libcontainer.Create(stateDir, id, config)
 	if errors.Is(err, libcontainer.ErrExist) {
 		err = errors.Join(wire.ErrExists, err)
@@ -80,7 +85,25 @@ func newLibcontainer(stateDir, id string, spec *specs.Spec) (*libcontainer.Conta
 	if err != nil {
 		return nil, fmt.Errorf("prepare container: %w", err)
 	}
+	if spec.Hooks != nil {
+		if err := writeBundle(bundle, spec); err != nil {
+			return nil, errors.Join(err, c.Destroy())
+		}
+	}
 	return c, nil
+}
+
+// writeBundle gives hooks what they find through the state on their standard input: the container's configuration, in
+// which they look for its root. Of labels of one name the last counts, so specconv's, the working directory, does not.
+func writeBundle(dir string, spec *specs.Spec) error {
+	raw, err := json.Marshal(spec)
+	if err != nil {
+		return fmt.Errorf("encode bundle: %w", err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "config.json"), raw, 0o600); err != nil {
+		return fmt.Errorf("write bundle: %w", err)
+	}
+	return nil
 }
 
 // newProcess converts an OCI process to libcontainer's.
