@@ -84,6 +84,11 @@ func (n *node) setUp(bridge string, mtu int, gateway netip.Addr) error {
 	return nil
 }
 
+// routeLoopback lets connections of the node's own 127.0.0.1 reach pods by the bridge. The firewall has to stand.
+func (n *node) routeLoopback() error {
+	return inNetNS(n.ns, func() error { return writeSysctl("ipv4/conf/"+n.bridge.Attrs().Name+"/route_localnet", "1") })
+}
+
 func (n *node) close() error {
 	if n.reaper != nil {
 		n.reaper.close()

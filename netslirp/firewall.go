@@ -28,12 +28,19 @@ const (
 //	  map hostports { type inet_proto . inet_service : ipv4_addr . inet_service }
 //	  set hairpin { type ipv4_addr . ipv4_addr }
 //	  chain prerouting  { type nat hook prerouting priority dstnat;  fib daddr type local dnat to meta l4proto . th dport map @hostports }
-//	  chain output      { type nat hook output priority dstnat;      ip daddr != 127.0.0.0/8 fib daddr type local dnat to … }
+//	  chain output      { type nat hook output priority dstnat;      fib daddr type local dnat to … }
 //	  chain postrouting { type nat hook postrouting priority srcnat; ip saddr 10.88.0.0/16 oifname != "coracle0" masquerade
+//	                                                                 ip saddr 127.0.0.0/8 oifname "coracle0" masquerade
 //	                                                                 ip saddr . ip daddr @hairpin masquerade }
+//	  chain loopback    { type filter hook prerouting priority raw;  iifname "coracle0" ip daddr 127.0.0.0/8 drop }
 //	  chain foreignout  { type filter hook output priority mangle;     oifname "coracle0" meta l4proto tcp fib saddr type != local ct mark set 0x636f }
 //	  chain foreignin   { type filter hook prerouting priority mangle; iifname "coracle0" ct mark 0x636f meta mark set 0x636f }
 //	}
+//
+// A host port is there on the node's own 127.0.0.1 as well, where kubelet's probes and host-network pods look for it.
+// The kernel lets such a packet leave, and its answer in, by a device with the sysctl route_localnet (routeLoopback
+// sets it for the bridge), which would also let pods in to what listens on the node's loopback: the chain loopback keeps
+// them out, before any translation. Packets from such an address the kernel refuses by itself (accept_local).
 //
 // The last two are for connections that the port driver makes with the address of a client outside (portChild):
 // a pod's answers to it are marked, and a routing rule delivers what is marked to the node itself.
@@ -112,11 +119,27 @@ func (f *firewall) addChains(c *nftables.Conn, t tables, prefixes []netip.Prefix
 	out := chain("output", nftables.ChainHookOutput, nftables.ChainPriorityNATDest)
 	post := chain(postrouting, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource)
 	c.AddRule(&nftables.Rule{Table: t.table, Chain: pre, Exprs: toHostPort(t)})
-	// The node's own 127.0.0.1 stays its own: a reply could not find its way back to it.
-	notLoopback := append(addressIn(daddrOffset, netip.MustParsePrefix("127.0.0.0/8"), expr.CmpOpNeq), toHostPort(t)...)
-	c.AddRule(&nftables.Rule{Table: t.table, Chain: out, Exprs: notLoopback})
+	c.AddRule(&nftables.Rule{Table: t.table, Chain: out, Exprs: toHostPort(t)})
 	f.addMasquerade(c, t, post, prefixes)
+	f.addLoopback(c, t)
 	f.addForeign(c, t)
+}
+
+var loopback = netip.MustParsePrefix("127.0.0.0/8")
+
+// fromBridge and toBridge tell the device that a packet came in by, or leaves by.
+func (f *firewall) fromBridge() []expr.Any { return f.device(expr.MetaKeyIIFNAME, expr.CmpOpEq) }
+func (f *firewall) toBridge() []expr.Any   { return f.device(expr.MetaKeyOIFNAME, expr.CmpOpEq) }
+
+func (f *firewall) device(key expr.MetaKey, op expr.CmpOp) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: key, Register: reg1}, &expr.Cmp{Op: op, Register: reg1, Data: interfaceName(f.bridge)}}
+}
+
+func (f *firewall) addLoopback(c *nftables.Conn, t tables) {
+	chain := c.AddChain(&nftables.Chain{Table: t.table, Name: "loopback", Type: nftables.ChainTypeFilter,
+		Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityRaw})
+	exprs := append(f.fromBridge(), addressIn(daddrOffset, loopback)...)
+	c.AddRule(&nftables.Rule{Table: t.table, Chain: chain, Exprs: append(exprs, &expr.Verdict{Kind: expr.VerdictDrop})})
 }
 
 // foreignMark is both the mark of connections with a foreign source address and the table that routes their
@@ -128,23 +151,19 @@ func (f *firewall) addForeign(c *nftables.Conn, t tables) {
 		return c.AddChain(&nftables.Chain{Table: t.table, Name: name, Type: nftables.ChainTypeFilter, Hooknum: hook, Priority: nftables.ChainPriorityMangle})
 	}
 	mark := binaryutil.NativeEndian.PutUint32(foreignMark)
-	c.AddRule(&nftables.Rule{Table: t.table, Chain: chain("foreignout", nftables.ChainHookOutput), Exprs: []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: interfaceName(f.bridge)},
+	c.AddRule(&nftables.Rule{Table: t.table, Chain: chain("foreignout", nftables.ChainHookOutput), Exprs: append(f.toBridge(),
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg1},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: []byte{unix.IPPROTO_TCP}},
 		&expr.Fib{Register: reg1, FlagSADDR: true, ResultADDRTYPE: true},
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg1, Data: binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL)},
 		&expr.Immediate{Register: reg1, Data: mark},
 		&expr.Ct{Key: expr.CtKeyMARK, Register: reg1, SourceRegister: true},
-	}})
-	c.AddRule(&nftables.Rule{Table: t.table, Chain: chain("foreignin", nftables.ChainHookPrerouting), Exprs: []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: interfaceName(f.bridge)},
+	)})
+	c.AddRule(&nftables.Rule{Table: t.table, Chain: chain("foreignin", nftables.ChainHookPrerouting), Exprs: append(f.fromBridge(),
 		&expr.Ct{Key: expr.CtKeyMARK, Register: reg1},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: mark},
 		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg1, SourceRegister: true}, // reg1 still holds the mark
-	}})
+	)})
 }
 
 const postrouting = "postrouting"
@@ -165,12 +184,11 @@ func (f *firewall) masquerade(prefixes []netip.Prefix) error {
 
 func (f *firewall) addMasquerade(c *nftables.Conn, t tables, chain *nftables.Chain, prefixes []netip.Prefix) {
 	for _, p := range prefixes {
-		exprs := append(addressIn(saddrOffset, p, expr.CmpOpEq),
-			&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg1},
-			&expr.Cmp{Op: expr.CmpOpNeq, Register: reg1, Data: interfaceName(f.bridge)},
-			&expr.Masq{})
-		c.AddRule(&nftables.Rule{Table: t.table, Chain: chain, Exprs: exprs})
+		exprs := append(addressIn(saddrOffset, p), f.device(expr.MetaKeyOIFNAME, expr.CmpOpNeq)...)
+		c.AddRule(&nftables.Rule{Table: t.table, Chain: chain, Exprs: append(exprs, &expr.Masq{})})
 	}
+	fromLoopback := append(addressIn(saddrOffset, loopback), f.toBridge()...)
+	c.AddRule(&nftables.Rule{Table: t.table, Chain: chain, Exprs: append(fromLoopback, &expr.Masq{})})
 	c.AddRule(&nftables.Rule{Table: t.table, Chain: chain, Exprs: []expr.Any{
 		&expr.Payload{DestRegister: reg1, Base: expr.PayloadBaseNetworkHeader, Offset: saddrOffset, Len: 8}, // saddr and daddr
 		&expr.Lookup{SourceRegister: reg1, SetName: t.hairpin.Name, SetID: t.hairpin.ID},
@@ -185,7 +203,7 @@ const (
 )
 
 // addressIn compares an address of the packet, masked, with the prefix.
-func addressIn(offset uint32, p netip.Prefix, op expr.CmpOp) []expr.Any {
+func addressIn(offset uint32, p netip.Prefix) []expr.Any {
 	mask := ^uint32(0) << (32 - p.Bits())
 	if p.Bits() == 0 {
 		mask = 0
@@ -193,7 +211,7 @@ func addressIn(offset uint32, p netip.Prefix, op expr.CmpOp) []expr.Any {
 	return []expr.Any{
 		&expr.Payload{DestRegister: reg1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 4},
 		&expr.Bitwise{SourceRegister: reg1, DestRegister: reg1, Len: 4, Mask: binaryutil.BigEndian.PutUint32(mask), Xor: make([]byte, 4)},
-		&expr.Cmp{Op: op, Register: reg1, Data: p.Masked().Addr().AsSlice()},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: p.Masked().Addr().AsSlice()},
 	}
 }
 

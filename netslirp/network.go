@@ -115,6 +115,9 @@ func Open(cfg Config) (_ *Network, err error) {
 	if err := n.firewall.replace(n.prefixes(), n.allForwards()); err != nil {
 		return nil, err
 	}
+	if err := n.node.routeLoopback(); err != nil {
+		return nil, err
+	}
 	return n, nil
 }
 

@@ -11,6 +11,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/vishvananda/netlink"
 )
 
 func (p pod) addr() netip.Addr { return netip.MustParseAddr(p.ip) }
@@ -43,13 +45,47 @@ func TestHostPorts(t *testing.T) {
 	wantAnswer(t, server.ns, "tcp", join(uplinkIP, 20080), "tcp 10.88.0.1")
 	wantAnswer(t, server.ns, "udp", join(uplinkIP, 20080), "udp 10.88.0.1")
 	wantAnswer(t, l.node, "tcp", join(uplinkIP, 20080), "tcp "+uplinkIP)
+	wantAnswer(t, l.node, "tcp", "127.0.0.1:20080", "tcp 10.88.0.1")
+	wantAnswer(t, l.node, "udp", "127.0.0.1:20080", "udp 10.88.0.1")
 	// From outside the node, as another node of a cluster would.
 	wantAnswer(t, l.world, "tcp", join(uplinkIP, 20080), "tcp "+worldIP)
 
 	must(t, n.Detach(context.Background(), "server", server.ns))
 	wantSilence(t, "", "tcp", "127.0.0.1:20080")
 	wantSilence(t, client.ns, "tcp", join(uplinkIP, 20080))
+	wantSilence(t, l.node, "tcp", "127.0.0.1:20080")
 	must(t, n.Detach(context.Background(), "client", client.ns))
+	l.checkEmpty(n)
+}
+
+// TestPodsStayOutOfTheNodesLoopback: a pod that routes 127.0.0.1 to the node (CVE-2020-8558 was that) finds nothing
+// there.
+func TestPodsStayOutOfTheNodesLoopback(t *testing.T) {
+	l := newLab(t)
+	n := l.open()
+	p := l.attach(n, "rogue", PortMapping{HostPort: 20080, ContainerPort: 80})
+	serveTCP(t, l.node, "127.0.0.1:20090", "kubelet")
+	serveTCP(t, l.node, ":20091", "anybody")
+	wantAnswer(t, l.node, "tcp", "127.0.0.1:20090", "kubelet 127.0.0.1")
+	within(t, p.ns, func() error {
+		eth0, err := netlink.LinkByName(podInterface)
+		if err != nil {
+			return err
+		}
+		lo, err := netlink.LinkByName("lo")
+		if err != nil {
+			return err
+		}
+		whole := &net.IPNet{IP: net.IPv4(127, 0, 0, 0).To4(), Mask: net.CIDRMask(8, 32)}
+		own := &net.IPNet{IP: net.IPv4(127, 0, 0, 1).To4(), Mask: whole.Mask}
+		return errors.Join(writeSysctl("ipv4/conf/"+podInterface+"/route_localnet", "1"), netlink.AddrDel(lo, &netlink.Addr{IPNet: own}),
+			netlink.RouteAdd(&netlink.Route{LinkIndex: eth0.Attrs().Index, Dst: whole, Gw: net.IPv4(10, 88, 0, 1)}))
+	})
+	wantAnswer(t, p.ns, "tcp", "10.88.0.1:20091", "anybody "+p.ip)
+	wantSilence(t, p.ns, "tcp", "127.0.0.1:20090")
+	wantSilence(t, p.ns, "tcp", "127.0.0.1:20091")
+	wantSilence(t, p.ns, "tcp", "127.0.0.1:20080")
+	must(t, n.Detach(context.Background(), "rogue", p.ns))
 	l.checkEmpty(n)
 }
 
