@@ -53,8 +53,9 @@ func TestCritest(t *testing.T) {
 	n := h.up("default")
 	before := n.inventory()
 	omit := n.omissions()
-	report := n.critest(omit)
+	report := n.critest(critestRun{name: "critest", endpoint: n.endpoint, focus: critestFocus, omit: omit})
 	result := judge(report, omit, n.excuses())
+	n.refusals(&result)
 	summary := result.summary()
 	if err := os.WriteFile(filepath.Join(critestReport, "summary"), []byte(summary), 0o600); err != nil {
 		t.Error(err)
@@ -80,12 +81,20 @@ func TestCritest(t *testing.T) {
 	}
 }
 
+// critestRun is one run of the program.
+type critestRun struct {
+	name     string // of its directory, its log and its report
+	endpoint string // of the RuntimeService; images are always the node's own
+	focus    string // a regular expression; "" = every spec
+	omit     []omission
+}
+
 // critest runs it to its end and returns what it reports.
-func (n *node) critest(omit []omission) suiteReport {
+func (n *node) critest(r critestRun) suiteReport {
 	n.t.Helper()
 	// What critest makes in its temporary directory is to be found, and to be gone with the home.
-	work := n.mkdir("critest")
-	log, err := os.Create(filepath.Join(critestReport, "critest.log"))
+	work := n.mkdir(r.name)
+	log, err := os.Create(filepath.Join(critestReport, r.name+".log"))
 	if err != nil {
 		n.t.Fatal(err)
 	}
@@ -93,12 +102,12 @@ func (n *node) critest(omit []omission) suiteReport {
 	n.t.Logf("critest runs; its log is %s", log.Name())
 	args := append([]string{"enter"}, n.args...)
 	args = append(args, "--", "env", "TMPDIR="+work, "PATH="+critestDir+":/usr/sbin:/usr/bin:/sbin:/bin",
-		filepath.Join(critestDir, "critest"), "-runtime-endpoint="+n.endpoint, "-image-endpoint="+n.endpoint,
+		filepath.Join(critestDir, "critest"), "-runtime-endpoint="+r.endpoint, "-image-endpoint="+n.endpoint,
 		"-ginkgo.v", "-ginkgo.no-color", "-ginkgo.json-report=report.json")
-	for _, o := range omit {
+	for _, o := range r.omit {
 		args = append(args, "-ginkgo.skip="+o.pattern)
 	}
-	for flag, value := range map[string]string{"ginkgo.focus": critestFocus, "parallel": critestParallel, "ginkgo.seed": critestSeed} {
+	for flag, value := range map[string]string{"ginkgo.focus": r.focus, "parallel": critestParallel, "ginkgo.seed": critestSeed} {
 		if value != "" {
 			args = append(args, "-"+flag+"="+value)
 		}
@@ -125,7 +134,7 @@ func (n *node) critest(omit []omission) suiteReport {
 		n.t.Fatalf("critest has left no report: %v (it ended with: %v)\n%s", err, ended, tail(string(raw), 40))
 	}
 	if raw, err := os.ReadFile(found[0]); err == nil {
-		if err := os.WriteFile(filepath.Join(critestReport, "report.json"), raw, 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(critestReport, r.name+".json"), raw, 0o600); err != nil {
 			n.t.Error(err)
 		}
 	}
@@ -170,7 +179,7 @@ func (n *node) excuses() []*regexp.Regexp {
 		excuse(`^AppArmor is disabled on this host$`)
 	}
 	if !n.supportsUserNamespaces() {
-		excuse(`^no runtime handler found which supports user namespaces$`)
+		excuse(usernsReason)
 	}
 	// critest tries this out by itself, in the node.
 	excuse(`^ID mapping is not supported with path`)
@@ -248,7 +257,7 @@ func (n *node) expectAsBefore(before []string) {
 // litter lists what critest's own process has left and coracle knows nothing of. It goes with the home and the node.
 func (n *node) litter() []string {
 	n.t.Helper()
-	out := glob(n.t, n.path("critest"), "*")
+	out := append(glob(n.t, n.path("critest"), "*"), glob(n.t, n.path("critest-userns"), "*")...)
 	for i, line := range slices.Collect(strings.Lines(n.inside("cat", "/proc/sysvipc/shm"))) {
 		if f := strings.Fields(line); i > 0 && len(f) > 3 {
 			out = append(out, "shared memory segment "+f[1]+" of "+f[3]+" bytes")
