@@ -43,6 +43,7 @@ type Memory struct {
 	Kernel                   *uint64 // Linux 5.18
 
 	// By Details only:
+	Min       *uint64 // what is kept from reclaim
 	Peak      *uint64 // the most that Usage ever was; Linux 5.19
 	LimitHits *uint64 // how often the limit was about to be exceeded
 	OOMKills  *uint64 // processes of the cgroup, or below, killed for want of memory
@@ -221,7 +222,7 @@ func (r *reader) memory(m *Memory) {
 }
 
 func (r *reader) details(s *Stats) {
-	s.Memory.Peak = r.number("memory.peak")
+	s.Memory.Min, s.Memory.Peak = r.number("memory.min"), r.number("memory.peak")
 	r.table("memory.events", func(key, value []byte) {
 		switch string(key) {
 		case "max":

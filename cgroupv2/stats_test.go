@@ -34,6 +34,7 @@ var controllerFiles = map[string]string{
 	"memory.pressure":     "some avg10=0.00 avg60=0.00 avg300=0.00 total=0\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=0\n",
 	"memory.current":      "1000000\n",
 	"memory.max":          "4000000\n",
+	"memory.min":          "50000\n",
 	"memory.peak":         "2000000\n",
 	"memory.swap.current": "4096\n",
 	"memory.swap.max":     "8192\n",
@@ -63,7 +64,7 @@ func TestStatsWithControllers(t *testing.T) {
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got  %s\nwant %s", show(got), show(want))
 	}
-	want.Memory.Peak, want.Memory.LimitHits, want.Memory.OOMKills = ptr(2000000), ptr(12), ptr(1)
+	want.Memory.Min, want.Memory.Peak, want.Memory.LimitHits, want.Memory.OOMKills = ptr(50000), ptr(2000000), ptr(12), ptr(1)
 	want.Tasks, want.TasksMax = ptr(17), ptr(100)
 	want.IO = []DeviceIO{
 		{Major: 8, Minor: 16, ReadBytes: 1459200, WriteBytes: 314773504, DiscardBytes: 50331648, Reads: 192, Writes: 353},

@@ -80,7 +80,7 @@ type container struct {
 	exitedOnce sync.Once
 	// stopSent: the stop signal goes out once, since many programs take a second one as "now".
 	stopSent atomic.Bool
-	usage    usageCache
+	cpu      cpuMeter
 }
 
 func newContainer(spec containerSpec, dir string, status containerStatus) *container {
