@@ -1,7 +1,10 @@
 package cgroupv2
 
 import (
+	"bytes"
+	"errors"
 	"fmt"
+	"strconv"
 
 	"golang.org/x/sys/unix"
 )
@@ -101,25 +104,48 @@ func (t *Tree) Processes(path string) ([]int, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list processes: %w", err)
 	}
-	pids, err := t.mount.join(full).allProcs(nil)
+	buf := buffers.Get().(*[]byte)
+	defer buffers.Put(buf)
+	pids, err := t.mount.join(full).allProcs(nil, *buf)
 	if gone(err) {
 		err = ErrNotFound
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read cgroup %s: %w", full, err)
+		return nil, fmt.Errorf("list processes of cgroup %s: %w", full, err)
 	}
 	return pids, nil
 }
 
-// allProcs appends the processes of the cgroup and of those below it.
-func (g group) allProcs(pids []int) ([]int, error) {
-	own, err := g.procs()
+// allProcs appends the processes of the cgroup and of those below it. It is called for every container at every look, so
+// it does without os.File, which would ask the poller about each cgroup file.
+func (g group) allProcs(pids []int, buf []byte) ([]int, error) {
+	dir, err := unix.Open(string(g), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, err
 	}
-	pids = append(pids, own...)
+	defer unix.Close(dir)
+	r := &reader{dir: dir, buf: buf}
+	own, err := r.slurp(procsFile)
+	if errors.Is(err, unix.EFBIG) {
+		var text string // some 2,000 processes and more
+		text, err = g.read(procsFile)
+		own = []byte(text)
+	}
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		err = nil // a threaded cgroup: the kernel lists its processes in the domain above
+	}
+	if err != nil {
+		return nil, err
+	}
+	for word := range bytes.FieldsSeq(own) {
+		pid, err := strconv.Atoi(string(word))
+		if err != nil {
+			return nil, fmt.Errorf("parse %s: %w", procsFile, err)
+		}
+		pids = append(pids, pid)
+	}
 	var st unix.Stat_t
-	if err := unix.Stat(string(g), &st); err != nil {
+	if err := unix.Fstat(dir, &st); err != nil {
 		return nil, err
 	}
 	if st.Nlink <= 2 {
@@ -130,7 +156,7 @@ func (g group) allProcs(pids []int) ([]int, error) {
 		return nil, err
 	}
 	for _, child := range below {
-		more, err := child.allProcs(pids)
+		more, err := child.allProcs(pids, buf)
 		if gone(err) {
 			continue // removed meanwhile
 		}

@@ -3,9 +3,11 @@ package cgroupv2
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"reflect"
+	"strings"
 	"testing"
 )
 
@@ -130,6 +132,22 @@ func TestStatsEdges(t *testing.T) {
 	}
 	if _, err := (&Tree{}).Processes("/pods/podx"); !errors.Is(err, ErrNotUsable) {
 		t.Errorf("error %v, want ErrNotUsable", err)
+	}
+}
+
+// TestProcessesOfManyAndNested: more than the buffer holds, and one cgroup below.
+func TestProcessesOfManyAndNested(t *testing.T) {
+	var list strings.Builder
+	for pid := range 5000 {
+		fmt.Fprintln(&list, pid+1)
+	}
+	tree := fixtureTree(t, map[string]string{"cgroup.procs": list.String(), "inner/cgroup.procs": "6000\n", "empty/cgroup.procs": ""})
+	pids, err := tree.Processes("/pods/podx")
+	if err != nil || len(pids) != 5001 || pids[0] != 1 || pids[4999] != 5000 || pids[5000] != 6000 {
+		t.Errorf("%d processes, %v", len(pids), err)
+	}
+	if pids, err := tree.Processes("/pods/pody"); !errors.Is(err, ErrNotFound) {
+		t.Errorf("%v, %v, want ErrNotFound", pids, err)
 	}
 }
 

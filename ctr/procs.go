@@ -8,6 +8,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -29,15 +30,19 @@ type Process struct {
 const userHZ = 100
 
 // ReadProcess reads one process. An error that is fs.ErrNotExist means that it has ended.
-func ReadProcess(pid int) (Process, error) {
-	raw, err := readProc(pid, "stat")
-	if err != nil {
-		return Process{}, err
-	}
+func ReadProcess(pid int) (p Process, err error) {
+	err = readProc(pid, "stat", func(raw []byte) error {
+		p, err = parseStat(pid, string(raw))
+		return err
+	})
+	return p, err
+}
+
+func parseStat(pid int, stat string) (Process, error) {
 	// Field 2 is the name in parentheses, and may contain any of both.
-	f := strings.Fields(string(raw[bytes.LastIndexByte(raw, ')')+1:]))
+	f := strings.Fields(stat[strings.LastIndexByte(stat, ')')+1:])
 	if len(f) < 20 {
-		return Process{}, fmt.Errorf("read stat of process %d: %d fields", pid, len(f))
+		return Process{}, fmt.Errorf("%d fields", len(f))
 	}
 	p := Process{Pid: pid}
 	var errs []error
@@ -50,10 +55,7 @@ func ReadProcess(pid int) (Process, error) {
 	p.CPU = time.Duration(number(14)+number(15)+number(16)+number(17)) * (time.Second / userHZ)
 	// The first thread may be a zombie while others run.
 	p.Zombie = (f[0] == "Z" || f[0] == "X") && p.Threads <= 1
-	if err := errors.Join(errs...); err != nil {
-		return Process{}, fmt.Errorf("read stat of process %d: %w", pid, err)
-	}
-	return p, nil
+	return p, errors.Join(errs...)
 }
 
 // AllProcesses lists every process of the node's pid namespace.
@@ -90,66 +92,125 @@ func MountNS(pid int) uint64 {
 // ProcessMemory is the memory of a process that is resident now, in bytes: a page that several processes have mapped is
 // divided among them. Anonymous is the part of it that no file backs. A process that has ended has none.
 func ProcessMemory(pid int) (resident, anonymous uint64, err error) {
-	raw, err := readProc(pid, "smaps_rollup")
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) { // ESRCH: a zombie
+	err = readProc(pid, "smaps_rollup", func(raw []byte) error {
+		for line := range bytes.Lines(raw) {
+			key, rest, _ := bytes.Cut(line, []byte(":"))
+			if string(key) != "Pss" && string(key) != "Pss_Anon" {
+				continue
+			}
+			kib, err := strconv.ParseUint(string(bytes.TrimSuffix(bytes.TrimSpace(rest), []byte(" kB"))), 10, 64)
+			if err != nil {
+				return err
+			}
+			if string(key) == "Pss" {
+				resident = kib << 10
+			} else {
+				anonymous = kib << 10
+			}
+		}
+		return nil
+	})
+	if errors.Is(err, fs.ErrNotExist) {
 		return 0, 0, nil
 	}
-	if err != nil {
-		return 0, 0, err
-	}
-	for line := range bytes.Lines(raw) {
-		key, rest, _ := strings.Cut(string(line), ":")
-		if key != "Pss" && key != "Pss_Anon" {
-			continue
-		}
-		kib, err := strconv.ParseUint(strings.TrimSuffix(strings.TrimSpace(rest), " kB"), 10, 64)
-		if err != nil {
-			return 0, 0, fmt.Errorf("read smaps_rollup of process %d: %w", pid, err)
-		}
-		if key == "Pss" {
-			resident = kib << 10
-		} else {
-			anonymous = kib << 10
-		}
-	}
-	return resident, anonymous, nil
+	return resident, anonymous, err
 }
 
 // ProcessFiles counts the open files of a process, and those of them that are sockets. A process that has ended has none.
 func ProcessFiles(pid int) (files, sockets uint64, err error) {
-	dir, err := os.Open(fmt.Sprintf("/proc/%d/fd", pid))
+	var dir int
+	err = ignoringEINTR(func() (err error) {
+		dir, err = unix.Open(fmt.Sprintf("/proc/%d/fd", pid), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		return err
+	})
 	if errors.Is(err, fs.ErrNotExist) {
 		return 0, 0, nil
 	}
 	if err != nil {
-		return 0, 0, fmt.Errorf("count open files: %w", err)
+		return 0, 0, fmt.Errorf("count open files of process %d: %w", pid, err)
 	}
-	defer dir.Close()
-	names, err := dir.Readdirnames(-1)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ESRCH) {
-		return 0, 0, fmt.Errorf("count open files: %w", err)
-	}
-	var target [8]byte // only its beginning counts
-	for _, name := range names {
-		n, err := unix.Readlinkat(int(dir.Fd()), name, target[:])
+	defer unix.Close(dir)
+	entries := texts.Get().(*[]byte)
+	defer texts.Put(entries)
+	var names []string
+	for {
+		var n int
+		err := ignoringEINTR(func() (err error) {
+			n, err = unix.ReadDirent(dir, *entries)
+			return err
+		})
+		if errors.Is(err, fs.ErrNotExist) || err == nil && n == 0 {
+			return files, sockets, nil // the end, or that of the process
+		}
 		if err != nil {
-			continue // closed meanwhile
+			return 0, 0, fmt.Errorf("count open files of process %d: %w", pid, err)
 		}
-		files++
-		if string(target[:n]) == "socket:[" {
-			sockets++
+		_, _, names = unix.ParseDirent((*entries)[:n], -1, names[:0])
+		for _, name := range names {
+			var target [8]byte // only its beginning counts
+			n, err := unix.Readlinkat(dir, name, target[:])
+			if err != nil {
+				continue // closed meanwhile
+			}
+			files++
+			if string(target[:n]) == "socket:[" {
+				sockets++
+			}
 		}
 	}
-	return files, sockets, nil
 }
 
-func readProc(pid int, file string) ([]byte, error) {
-	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", pid, file))
-	if errors.Is(err, unix.ESRCH) && file == "stat" {
-		err = fs.ErrNotExist // it ended between open and read
+// texts hold a file of /proc; they are read for every process of every container at every look.
+var texts = sync.Pool{New: func() any { b := make([]byte, 4<<10); return &b }}
+
+// readProc calls parse with the text of a file, which is under 4 KiB. It does without os.File, which would ask the poller
+// about each of them.
+func readProc(pid int, file string, parse func([]byte) error) error {
+	text := texts.Get().(*[]byte)
+	defer texts.Put(text)
+	n, err := slurp(fmt.Sprintf("/proc/%d/%s", pid, file), *text)
+	if errors.Is(err, unix.ESRCH) {
+		err = fs.ErrNotExist // it ended between open and read; or it is a zombie, which has no memory
+	}
+	if err == nil {
+		err = parse((*text)[:n])
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read %s of process %d: %w", file, pid, err)
+		return fmt.Errorf("read %s of process %d: %w", file, pid, err)
 	}
-	return raw, nil
+	return nil
+}
+
+func slurp(path string, buf []byte) (n int, err error) {
+	var fd int
+	err = ignoringEINTR(func() (err error) {
+		fd, err = unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		return err
+	})
+	if err != nil {
+		return 0, err
+	}
+	defer unix.Close(fd)
+	for {
+		var got int
+		err = ignoringEINTR(func() (err error) {
+			got, err = unix.Read(fd, buf[n:])
+			return err
+		})
+		if err != nil || got == 0 {
+			return n, err
+		}
+		if n += got; n == len(buf) {
+			return n, unix.EFBIG
+		}
+	}
+}
+
+// ignoringEINTR repeats a call that Go's preemption signal cut short.
+func ignoringEINTR(call func() error) error {
+	for {
+		if err := call(); !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
 }

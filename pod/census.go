@@ -103,23 +103,27 @@ func (c census) living(id string) []int {
 	return pids
 }
 
-// pids lists the processes of a container.
-func (v *survey) pids(c *container) ([]int, error) {
+// list lists the processes of a container that runs.
+func (v *survey) list(c *container, r *reading) (err error) {
+	if r.pids != nil || r.at.IsZero() {
+		return nil
+	}
 	if cgroup := c.cgroup(); cgroup != "" {
-		pids, err := v.deps.Cgroups.Processes(cgroup)
+		r.pids, err = v.deps.Cgroups.Processes(cgroup)
 		if errors.Is(err, cgroupv2.ErrNotFound) {
 			err = nil // it has ended
 		}
-		return pids, err
+		return err
 	}
 	all, err := v.census()
-	return all.living(c.spec.ID), err
+	r.pids = all.living(c.spec.ID)
+	return err
 }
 
 // estimate fills in from /proc what the kernel did not count for the container. Of one without a process there is
 // nothing to tell: it has just ended.
-func (v *survey) estimate(c *container, st *cgroupv2.Stats) error {
-	if st.CPU.Usage == nil {
+func (v *survey) estimate(c *container, r *reading) error {
+	if r.stats.CPU.Usage == nil {
 		all, err := v.census()
 		if err != nil {
 			return err
@@ -130,27 +134,26 @@ func (v *survey) estimate(c *container, st *cgroupv2.Stats) error {
 		}
 		if len(all[c.spec.ID]) > 0 {
 			nanos := uint64(used)
-			st.CPU.Usage = &nanos
+			r.stats.CPU.Usage = &nanos
 		}
 	}
-	if st.Memory.Usage != nil {
+	if r.stats.Memory.Usage != nil {
 		return nil
 	}
-	pids, err := v.pids(c)
-	if err != nil || len(pids) == 0 {
+	if err := v.list(c, r); err != nil || len(r.pids) == 0 {
 		return err
 	}
 	var resident, anonymous uint64
-	for _, pid := range pids {
-		r, a, err := ctr.ProcessMemory(pid)
+	for _, pid := range r.pids {
+		n, anon, err := ctr.ProcessMemory(pid)
 		if errors.Is(err, fs.ErrPermission) {
 			return nil // a part of the sum would be a lie
 		}
 		if err != nil {
 			return fmt.Errorf("estimate memory of container %s: %w", c.spec.ID, err)
 		}
-		resident, anonymous = resident+r, anonymous+a
+		resident, anonymous = resident+n, anonymous+anon
 	}
-	st.Memory.WorkingSet, st.Memory.RSS = &resident, &anonymous
+	r.stats.Memory.WorkingSet, r.stats.Memory.RSS = &resident, &anonymous
 	return nil
 }

@@ -142,11 +142,10 @@ func (v *survey) factsOf(c *container) (f facts, err error) {
 	if f.layer, err = v.layer(c); err != nil {
 		return f, err
 	}
-	pids, err := v.pids(c)
-	if err != nil || len(pids) == 0 {
-		return f, err // it has just ended
+	if err := v.list(c, &f.reading); err != nil || len(f.pids) == 0 {
+		return f, err // without a process it has just ended
 	}
-	f.processes, err = lookInto(pids)
+	f.processes, err = lookInto(f.pids)
 	if f.stats.Tasks != nil {
 		f.processes.threads = f.stats.Tasks
 	}

@@ -96,43 +96,55 @@ func told[R any](v *survey, kind, id string, found *R, err error) *R {
 	return found
 }
 
-// ofContainer has of a container that does not run the disk use alone. What nobody counts on this node is left out:
-// a missing number is not zero.
+// ofContainer has of a container that does not run the disk use alone. What nobody counts on this node is left out: a
+// missing number is not zero.
 func (v *survey) ofContainer(c *container) (*runtimeapi.ContainerStats, error) {
-	out := &runtimeapi.ContainerStats{Attributes: &runtimeapi.ContainerAttributes{
-		Id: c.spec.ID, Metadata: c.spec.Config.GetMetadata(),
-		Labels: c.spec.Config.GetLabels(), Annotations: c.spec.Config.GetAnnotations(),
-	}}
-	layer, err := v.layer(c)
-	if err != nil {
-		return nil, err
-	}
-	out.WritableLayer = v.filesystem(layer)
 	r, err := v.readContainer(c, v.deps.Cgroups.Stats)
 	if err != nil {
 		return nil, err
 	}
-	out.Cpu, out.Memory, out.Swap, out.Io = r.cpu(), r.memory(), r.swap(), r.io()
-	return out, nil
+	return v.containerMessage(c, r)
+}
+
+func (v *survey) containerMessage(c *container, r reading) (*runtimeapi.ContainerStats, error) {
+	layer, err := v.layer(c)
+	if err != nil {
+		return nil, err
+	}
+	return &runtimeapi.ContainerStats{
+		Attributes: &runtimeapi.ContainerAttributes{
+			Id: c.spec.ID, Metadata: c.spec.Config.GetMetadata(),
+			Labels: c.spec.Config.GetLabels(), Annotations: c.spec.Config.GetAnnotations(),
+		},
+		Cpu: r.cpu(), Memory: r.memory(), Swap: r.swap(), Io: r.io(), WritableLayer: v.filesystem(layer),
+	}, nil
 }
 
 func (v *survey) ofPod(p *pod) (*runtimeapi.PodSandboxStats, error) {
 	linux := &runtimeapi.LinuxPodSandboxStats{}
+	var readings []reading
 	for _, c := range v.sortedContainers(p.spec.ID) {
 		if !c.status.snapshot().running() {
 			continue
 		}
-		stats, err := v.ofContainer(c)
+		r, err := v.readContainer(c, v.deps.Cgroups.Stats)
 		if err != nil {
 			return nil, err
 		}
-		linux.Containers = append(linux.Containers, stats)
+		if err := v.list(c, &r); err != nil {
+			return nil, err
+		}
+		stats, err := v.containerMessage(c, r)
+		if err != nil {
+			return nil, err
+		}
+		readings, linux.Containers = append(readings, r), append(linux.Containers, stats)
 	}
-	r, err := v.readPod(p, linux.Containers)
+	r, err := v.readPod(p, readings)
 	if err != nil {
 		return nil, err
 	}
-	linux.Cpu, linux.Memory, linux.Io, linux.Process = r.cpu(), r.memory(), r.io(), r.process()
+	linux.Cpu, linux.Memory, linux.Io, linux.Process = r.cpu(), r.memory(), r.io(), countProcesses(p, readings)
 	if linux.Network, err = v.network(p); err != nil {
 		return nil, err
 	}

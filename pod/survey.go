@@ -40,7 +40,7 @@ type reading struct {
 	at        time.Time // when the counters were read
 	stats     cgroupv2.Stats
 	nanoCores *uint64 // CPU use, ns in a second
-	processes *uint64 // of a pod only
+	pids      []int   // of a container: its processes, once they were listed
 }
 
 // cgroup is where the keeper put the container.
@@ -51,7 +51,7 @@ func (c *container) cgroup() string {
 	return c.spec.OCI.Linux.CgroupsPath
 }
 
-// readContainer asks the kernel, by read, or makes up from /proc what the kernel does not count here (census.go).
+// readContainer asks the kernel, by read, and makes up from /proc what the kernel does not count here (census.go).
 func (v *survey) readContainer(c *container, read func(path string) (cgroupv2.Stats, error)) (reading, error) {
 	if !c.status.snapshot().running() {
 		return reading{}, nil
@@ -59,31 +59,26 @@ func (v *survey) readContainer(c *container, read func(path string) (cgroupv2.St
 	r := reading{at: time.Now()}
 	if cgroup := c.cgroup(); cgroup != "" {
 		var err error
-		r.stats, err = read(cgroup)
-		if errors.Is(err, cgroupv2.ErrNotFound) {
+		if r.stats, err = read(cgroup); errors.Is(err, cgroupv2.ErrNotFound) {
 			return reading{}, nil // it ended between the two looks
-		}
-		if err != nil {
+		} else if err != nil {
 			return reading{}, err
 		}
 	}
-	if r.stats.CPU.Usage == nil || r.stats.Memory.Usage == nil {
-		if err := v.estimate(c, &r.stats); err != nil {
-			return reading{}, err
-		}
+	if err := v.estimate(c, &r); err != nil {
+		return reading{}, err
 	}
 	r.meter(&c.cpu)
 	return r, nil
 }
 
 // readPod reads the pod's cgroup; what the kernel does not count is summed up from that of its containers.
-func (v *survey) readPod(p *pod, containers []*runtimeapi.ContainerStats) (reading, error) {
+func (v *survey) readPod(p *pod, containers []reading) (reading, error) {
 	r := reading{at: time.Now()}
-	cgroup := p.status.snapshot().Cgroup
-	if cgroup != "" {
+	if cgroup := p.status.snapshot().Cgroup; cgroup != "" {
 		var err error
 		if r.stats, err = v.deps.Cgroups.Stats(cgroup); errors.Is(err, cgroupv2.ErrNotFound) {
-			return reading{}, nil // it was removed, and its pod with it or before the last start of the node
+			return reading{}, nil // it went with the pod, or with the life of the node in which the pod was run
 		} else if err != nil {
 			return reading{}, err
 		}
@@ -96,28 +91,21 @@ func (v *survey) readPod(p *pod, containers []*runtimeapi.ContainerStats) (readi
 		r.stats.CPU.Usage = &total
 	}
 	if r.stats.Memory.Usage == nil {
-		r.stats.Memory.WorkingSet, r.stats.Memory.RSS = sums(containers)
+		for _, c := range containers {
+			r.stats.Memory.WorkingSet = add(r.stats.Memory.WorkingSet, c.stats.Memory.WorkingSet)
+			r.stats.Memory.RSS = add(r.stats.Memory.RSS, c.stats.Memory.RSS)
+		}
 	}
 	r.meter(&p.cpu)
-	var err error
-	r.processes, err = v.countProcesses(p, cgroup)
-	return r, err
+	return r, nil
 }
 
-// sums are nil where there is nothing to add up.
-func sums(containers []*runtimeapi.ContainerStats) (workingSet, rss *uint64) {
-	for _, c := range containers {
-		workingSet = add(workingSet, c.GetMemory().GetWorkingSetBytes())
-		rss = add(rss, c.GetMemory().GetRssBytes())
-	}
-	return workingSet, rss
-}
-
-func add(sum *uint64, n *runtimeapi.UInt64Value) *uint64 {
+// add is nil where there is nothing to add up.
+func add(sum, n *uint64) *uint64 {
 	if n == nil {
 		return sum
 	}
-	total := value(sum) + n.GetValue()
+	total := value(sum) + *n
 	return &total
 }
 
@@ -129,25 +117,16 @@ func (r *reading) meter(m *cpuMeter) {
 	r.stats.CPU.Usage, r.nanoCores = &total, rate
 }
 
-func (v *survey) countProcesses(p *pod, cgroup string) (*uint64, error) {
+// countProcesses counts those of a pod's containers, and its pause process.
+func countProcesses(p *pod, containers []reading) *runtimeapi.ProcessUsage {
 	n := uint64(0)
-	if cgroup != "" {
-		pids, err := v.deps.Cgroups.Processes(cgroup)
-		if errors.Is(err, cgroupv2.ErrNotFound) {
-			return nil, nil
-		}
-		n = uint64(len(pids))
-		return &n, err
+	for _, c := range containers {
+		n += uint64(len(c.pids))
 	}
-	all, err := v.census()
-	if err != nil {
-		return nil, err
+	if st := p.status.snapshot(); st.ready() && st.PausePid != 0 {
+		n++
 	}
-	n = uint64(len(all.living(p.spec.ID))) // the pause process
-	for _, c := range v.index.allContainers(p.spec.ID) {
-		n += uint64(len(all.living(c.spec.ID)))
-	}
-	return &n, nil
+	return &runtimeapi.ProcessUsage{Timestamp: time.Now().UnixNano(), ProcessCount: number(&n)}
 }
 
 // layer is the last measure of what the container wrote; nil where there is none yet, or no layer any more.
@@ -235,13 +214,6 @@ func (r reading) io() *runtimeapi.IoUsage {
 		return nil
 	}
 	return &runtimeapi.IoUsage{Timestamp: r.at.UnixNano(), Psi: pressure(r.stats.IOPressure)}
-}
-
-func (r reading) process() *runtimeapi.ProcessUsage {
-	if r.processes == nil {
-		return nil
-	}
-	return &runtimeapi.ProcessUsage{Timestamp: r.at.UnixNano(), ProcessCount: number(r.processes)}
 }
 
 func number(v *uint64) *runtimeapi.UInt64Value {
