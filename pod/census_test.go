@@ -4,6 +4,7 @@ import (
 	"os"
 	"slices"
 	"testing"
+	"time"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -83,6 +84,31 @@ func TestStatsWithoutTheMemoryController(t *testing.T) {
 	h.cgroups.counted = &cgroupv2.Stats{MemoryPressure: &cgroupv2.Pressure{}}
 	if m := h.stats(id).Memory; m.GetTimestamp() == 0 || m.Psi == nil || m.WorkingSetBytes != nil {
 		t.Errorf("memory %v of a container without a process: its pressure is known, its size is not", m)
+	}
+}
+
+// TestMemoryEstimateIsNotMadeAgainAtOnce: to ask the kernel costs the more, the larger the process is.
+func TestMemoryEstimateIsNotMadeAgainAtOnce(t *testing.T) {
+	var m memoryEstimate
+	ask := func(pids ...int) (r reading) {
+		t.Helper()
+		if err := m.renew(pids); err != nil {
+			t.Fatal(err)
+		}
+		m.tell(&r)
+		return r
+	}
+	first := ask(os.Getpid())
+	if first.memoryAt.IsZero() || *first.stats.Memory.WorkingSet == 0 || *first.stats.Memory.RSS == 0 {
+		t.Fatalf("%+v", first)
+	}
+	m.took = time.Hour
+	if again := ask(); again.memoryAt != first.memoryAt || *again.stats.Memory.WorkingSet != *first.stats.Memory.WorkingSet {
+		t.Errorf("%+v, want what was found before, %+v", again, first)
+	}
+	m.took = 0
+	if again := ask(); !again.memoryAt.After(first.memoryAt) || *again.stats.Memory.WorkingSet != 0 {
+		t.Errorf("%+v, want a new estimate", again)
 	}
 }
 

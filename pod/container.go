@@ -81,6 +81,7 @@ type container struct {
 	// stopSent: the stop signal goes out once, since many programs take a second one as "now".
 	stopSent atomic.Bool
 	cpu      cpuMeter
+	memory   memoryEstimate
 }
 
 func newContainer(spec containerSpec, dir string, status containerStatus) *container {

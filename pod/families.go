@@ -15,8 +15,9 @@ type family struct {
 	name, help string
 	kind       runtimeapi.MetricType
 	keys       []string // labels beside labelKeys
-	layer      bool     // true since the writable layer was measured, not since now
 	read       func(*facts, put)
+	// at is when the values were found out, where that may have been before the call; zero and nil are now.
+	at func(*facts) time.Time
 }
 
 // put takes one value, with the values of the family's keys. A value that is nil nobody counts, and it is left out.
@@ -48,10 +49,10 @@ var families = []family{
 		func(f *facts) *uint64 { return f.stats.Memory.Usage }),
 	gauge("container_memory_max_usage_bytes", "The most memory that was ever in use.",
 		func(f *facts) *uint64 { return f.stats.Memory.Peak }),
-	gauge("container_memory_working_set_bytes", "Memory in use, less page cache that was not used lately.",
-		func(f *facts) *uint64 { return f.stats.Memory.WorkingSet }),
-	gauge("container_memory_rss", "Anonymous memory, in bytes.",
-		func(f *facts) *uint64 { return f.stats.Memory.RSS }),
+	estimated(gauge("container_memory_working_set_bytes", "Memory in use, less page cache that was not used lately.",
+		func(f *facts) *uint64 { return f.stats.Memory.WorkingSet })),
+	estimated(gauge("container_memory_rss", "Anonymous memory, in bytes.",
+		func(f *facts) *uint64 { return f.stats.Memory.RSS })),
 	gauge("container_memory_cache", "Page cache, in bytes.",
 		func(f *facts) *uint64 { return f.stats.Memory.Cache }),
 	gauge("container_memory_mapped_file", "Files that are mapped into memory, in bytes.",
@@ -73,7 +74,7 @@ var families = []family{
 
 	// The writable layer and the filesystem that it is on.
 	{name: "container_fs_usage_bytes", help: "What the container has written to its root filesystem, in bytes.",
-		kind: runtimeapi.MetricType_GAUGE, keys: []string{"device"}, layer: true, read: readLayer},
+		kind: runtimeapi.MetricType_GAUGE, keys: []string{"device"}, read: readLayer, at: (*facts).layerAt},
 	ofDisk("container_fs_limit_bytes", "Size of the filesystem that the writable layer is on, in bytes.",
 		func(d *disk) *uint64 { return &d.bytes }),
 	ofDisk("container_fs_inodes_total", "Inodes of the filesystem that the writable layer is on.",
@@ -175,6 +176,12 @@ func counter(name, help string, value func(*facts) *uint64, label ...string) fam
 	return f
 }
 
+// estimated marks what may be an estimate of some time ago.
+func estimated(f family) family {
+	f.at = func(facts *facts) time.Time { return facts.memoryAt }
+	return f
+}
+
 func ofDisk(name, help string, value func(*disk) *uint64) family {
 	return family{name: name, help: help, kind: runtimeapi.MetricType_GAUGE, keys: []string{"device"}, read: func(f *facts, put put) {
 		if f.disk != nil {
@@ -206,6 +213,13 @@ func readFaults(f *facts, put put) {
 		put(f.stats.Memory.Faults, "pgfault", scope)
 		put(f.stats.Memory.MajorFaults, "pgmajfault", scope)
 	}
+}
+
+func (f *facts) layerAt() time.Time {
+	if f.layer == nil {
+		return time.Time{}
+	}
+	return f.layer.At
 }
 
 func readLayer(f *facts, put put) {

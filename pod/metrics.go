@@ -83,8 +83,8 @@ func (f *facts) metrics(labels []string) []*runtimeapi.Metric {
 	for i := range families {
 		family := &families[i]
 		at := int64(0)
-		if family.layer && f.layer != nil {
-			at = f.layer.At.UnixNano()
+		if family.at != nil {
+			at = nanos(family.at(f))
 		}
 		family.read(f, func(value *uint64, more ...string) {
 			if value == nil {

@@ -102,17 +102,30 @@ func TestMetricsFitTheirDescriptors(t *testing.T) {
 				t.Errorf("%s is a %s", m.Name, m.MetricType)
 			}
 		}
-		// "Timestamp should be 0 if the metric was gathered live."
-		want := int64(0)
-		if m.Name == "container_fs_usage_bytes" {
-			want = measuredAt.UnixNano()
-		}
-		if m.Timestamp != want {
-			t.Errorf("%s has timestamp %d, want %d", m.Name, m.Timestamp, want)
-		}
 	}
 	if len(unused) > 0 {
 		t.Errorf("never told: %v", unused)
+	}
+}
+
+// TestMetricTimestamps: "Timestamp should be 0 if the metric was gathered live. If it was cached, the Timestamp should
+// reflect the time".
+func TestMetricTimestamps(t *testing.T) {
+	counted, guessed := allFacts(), allFacts()
+	guessed.memoryAt = time.Unix(1700000001, 0)
+	for _, tc := range []struct {
+		facts *facts
+		want  map[string]int64
+	}{
+		{counted, map[string]int64{"container_fs_usage_bytes": measuredAt.UnixNano()}},
+		{guessed, map[string]int64{"container_fs_usage_bytes": measuredAt.UnixNano(),
+			"container_memory_working_set_bytes": guessed.memoryAt.UnixNano(), "container_memory_rss": guessed.memoryAt.UnixNano()}},
+	} {
+		for _, m := range tc.facts.metrics(testLabels) {
+			if m.Timestamp != tc.want[m.Name] {
+				t.Errorf("%s has timestamp %d, want %d", m.Name, m.Timestamp, tc.want[m.Name])
+			}
+		}
 	}
 }
 

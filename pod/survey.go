@@ -38,6 +38,7 @@ func (s *Service) survey(ctx context.Context) (*survey, context.CancelFunc) {
 // reading is what was counted for a container or a pod. The zero value is that of what does not run.
 type reading struct {
 	at        time.Time // when the counters were read
+	memoryAt  time.Time // when memory was estimated; zero where the kernel counts it
 	stats     cgroupv2.Stats
 	nanoCores *uint64 // CPU use, ns in a second
 	pids      []int   // of a container: its processes, once they were listed
@@ -92,12 +93,21 @@ func (v *survey) readPod(p *pod, containers []reading) (reading, error) {
 	}
 	if r.stats.Memory.Usage == nil {
 		for _, c := range containers {
+			r.memoryAt = oldest(r.memoryAt, c.memoryAt)
 			r.stats.Memory.WorkingSet = add(r.stats.Memory.WorkingSet, c.stats.Memory.WorkingSet)
 			r.stats.Memory.RSS = add(r.stats.Memory.RSS, c.stats.Memory.RSS)
 		}
 	}
 	r.meter(&p.cpu)
 	return r, nil
+}
+
+// oldest is the earlier of two times, of which a zero one is none.
+func oldest(a, b time.Time) time.Time {
+	if a.IsZero() || !b.IsZero() && b.Before(a) {
+		return b
+	}
+	return a
 }
 
 // add is nil where there is nothing to add up.
@@ -195,7 +205,7 @@ func (r reading) memory() *runtimeapi.MemoryUsage {
 		return nil
 	}
 	return &runtimeapi.MemoryUsage{
-		Timestamp: r.at.UnixNano(), WorkingSetBytes: number(m.WorkingSet), UsageBytes: number(m.Usage),
+		Timestamp: oldest(r.at, r.memoryAt).UnixNano(), WorkingSetBytes: number(m.WorkingSet), UsageBytes: number(m.Usage),
 		RssBytes: number(m.RSS), PageFaults: number(m.Faults), MajorPageFaults: number(m.MajorFaults),
 		AvailableBytes: left(m.Limit, m.WorkingSet), Psi: pressure(r.stats.MemoryPressure),
 	}
