@@ -19,7 +19,7 @@ import (
 
 // TestCrictlWalk does, in order, everything that crictl can do with one pod, as its user does from outside of the
 // node's namespaces: pull, images, inspecti, runp, create, start, ps, exec, exec -it, attach, logs -f, port-forward,
-// stats, stop, rm, stopp, rmp, rmi.
+// stop, rm, stopp, rmp, rmi.
 func TestCrictlWalk(t *testing.T) {
 	registry := newRegistry(t, fixture.RegistryOptions{})
 	image := pushBusybox(t, registry)
@@ -31,7 +31,7 @@ func TestCrictlWalk(t *testing.T) {
 		do   func(t *testing.T)
 	}{
 		{"version and info", w.version}, {"pull", w.pull}, {"run", w.run}, {"exec", w.execute}, {"exec in a terminal", w.execTerminal},
-		{"attach", w.attach}, {"logs", w.logs}, {"port-forward", w.portForward}, {"stats", w.stats}, {"enter", w.enter},
+		{"attach", w.attach}, {"logs", w.logs}, {"port-forward", w.portForward}, {"enter", w.enter},
 		{"stop and remove", w.remove},
 	} {
 		ok := t.Run(step.name, func(t *testing.T) {
@@ -333,41 +333,6 @@ func get(client *http.Client, url string) (string, error) {
 		err = fmt.Errorf("status %s", resp.Status)
 	}
 	return string(body), err
-}
-
-func (w *walk) stats(t *testing.T) {
-	// crictl takes a container without CPU time and memory for one that does not run, and where no cgroup is delegated
-	// there is nothing to measure them by.
-	groups, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", w.daemon()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	accounted := strings.Contains(string(groups), "/coracle-default")
-	show := []string{"stats"}
-	if !accounted {
-		show = append(show, "--all")
-	}
-	if out := w.crictl(show...); !strings.Contains(out, w.server[:13]) {
-		t.Errorf("crictl %s:\n%s", strings.Join(show, " "), out)
-	}
-	var all struct {
-		Stats []object `json:"stats"`
-	}
-	raw := w.crictl("stats", "-o", "json", "--id", w.server)
-	if err := json.Unmarshal([]byte(raw), &all); err != nil || len(all.Stats) != 1 {
-		t.Fatalf("crictl stats -o json: %v\n%s", err, raw)
-	}
-	s := all.Stats[0]
-	if s.text("attributes.id") != w.server || s.text("attributes.metadata.name") != "server" {
-		t.Errorf("stats are of %v", s["attributes"])
-	}
-	if used := s.text("writableLayer.usedBytes.value"); used == "" {
-		t.Errorf("stats have no writable layer:\n%s", raw)
-	}
-	// In a delegated subtree cpu.stat is there with or without controllers; memory is not.
-	if accounted && s.text("cpu.usageCoreNanoSeconds.value") == "" {
-		t.Errorf("stats have no CPU time although there is a cgroup:\n%s", raw)
-	}
 }
 
 func (w *walk) enter(t *testing.T) {

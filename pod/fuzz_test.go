@@ -240,17 +240,8 @@ func fuzzUnary[T, R any, P request[T]](f *testing.F, method func(*Service, conte
 	}, seeds...)
 }
 
-// sink takes what a method streams.
-type sink[T any] struct {
-	grpc.ServerStream
-	ctx context.Context
-}
-
-func (s sink[T]) Context() context.Context { return s.ctx }
-func (s sink[T]) Send(*T) error            { return nil }
-
 // fuzzStream is fuzzRPC for a method that streams.
 func fuzzStream[T, R any, P request[T]](f *testing.F, method func(*Service, P, grpc.ServerStreamingServer[R]) error, seeds ...P) {
 	f.Helper()
-	fuzzRPC(f, func(s *Service, ctx context.Context, req P) error { return method(s, req, sink[R]{ctx: ctx}) }, seeds...)
+	fuzzRPC(f, func(s *Service, ctx context.Context, req P) error { return method(s, req, &sink[R]{ctx: ctx}) }, seeds...)
 }

@@ -47,6 +47,7 @@ type pod struct {
 	op     opLock
 	dir    string // in the runtime directory: namespaces, files, status
 	status *record[podStatus]
+	cpu    cpuMeter
 }
 
 func newPod(spec podSpec, dir string, status podStatus) *pod {

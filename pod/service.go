@@ -194,28 +194,6 @@ func (s *Service) PortForward(_ context.Context, req *runtimeapi.PortForwardRequ
 	return answer(s.portForwardURL(req))
 }
 
-// ContainerStats tells what a container uses; what the node does not count is left out.
-func (s *Service) ContainerStats(_ context.Context, req *runtimeapi.ContainerStatsRequest) (*runtimeapi.ContainerStatsResponse, error) {
-	return answer(s.containerStats(req.GetContainerId()))
-}
-
-// ListContainerStats tells what each running container uses.
-func (s *Service) ListContainerStats(ctx context.Context, req *runtimeapi.ListContainerStatsRequest) (*runtimeapi.ListContainerStatsResponse, error) {
-	stats, err := s.listContainerStats(ctx, req.GetFilter())
-	return answer(&runtimeapi.ListContainerStatsResponse{Stats: stats}, err)
-}
-
-// StreamContainerStats is ListContainerStats in several messages.
-func (s *Service) StreamContainerStats(req *runtimeapi.StreamContainerStatsRequest, out runtimeapi.RuntimeService_StreamContainerStatsServer) error {
-	stats, err := s.listContainerStats(out.Context(), req.GetFilter())
-	if err != nil {
-		return grpcError(err)
-	}
-	return stream(stats, func(chunk []*runtimeapi.ContainerStats) error {
-		return out.Send(&runtimeapi.StreamContainerStatsResponse{ContainerStats: chunk})
-	})
-}
-
 // seconds converts a CRI timeout without overflow; what is negative is none.
 func seconds(n int64) time.Duration {
 	const most = int64(1<<63-1) / int64(time.Second)
