@@ -128,14 +128,14 @@ func (l *lab) open() *Network {
 }
 
 // pod is a namespace with an attachment.
-type pod struct{ id, ns, ip string }
+type pod struct{ id, ns, ip, ip6 string }
 
 func (l *lab) attach(n *Network, id string, ports ...PortMapping) pod {
 	l.t.Helper()
 	p := pod{id: id, ns: newNetNS(l.t)}
 	got, err := n.Attach(context.Background(), AttachRequest{PodID: id, NetNS: p.ns, Ports: ports})
 	must(l.t, err)
-	p.ip = got.IP
+	p.ip, p.ip6 = got.IP, strings.Join(got.AdditionalIPs, " ")
 	return p
 }
 
@@ -166,7 +166,7 @@ func (l *lab) checkEmpty(n *Network) {
 		if err != nil {
 			return err
 		}
-		for _, set := range []*nftables.Set{newTables().hostPorts, newTables().hairpin} {
+		for _, set := range append(newTables(ipv4).sets(), newTables(ipv6).sets()...) {
 			found, err := conn.GetSetByName(set.Table, set.Name)
 			if err != nil {
 				return err
