@@ -127,15 +127,26 @@ func (n *node) close() error {
 
 // writeSysctl sets net.<name> of the calling thread's namespace.
 func writeSysctl(name, value string) error {
-	path := "/proc/sys/net/" + name
-	if have, err := os.ReadFile(path); err == nil && strings.TrimSpace(string(have)) == value {
+	if have, err := os.ReadFile(sysctlPath(name)); err == nil && strings.TrimSpace(string(have)) == value {
 		return nil // also where /proc/sys is read-only
 	}
-	if err := os.WriteFile(path, []byte(value), 0); err != nil {
+	return setSysctl(name, value)
+}
+
+// setSysctl writes without a look, where the value is known to be another.
+func setSysctl(name, value string) error {
+	f, err := os.OpenFile(sysctlPath(name), os.O_WRONLY, 0)
+	if err == nil {
+		_, err = f.WriteString(value)
+		err = errors.Join(err, f.Close())
+	}
+	if err != nil {
 		return fmt.Errorf("set sysctl net.%s=%s: %w", strings.ReplaceAll(name, "/", "."), value, err)
 	}
 	return nil
 }
+
+func sysctlPath(name string) string { return "/proc/sys/net/" + name }
 
 func ensureBridge(h *netlink.Handle, name string, mtu int, mac net.HardwareAddr) (netlink.Link, error) {
 	var missing netlink.LinkNotFoundError
