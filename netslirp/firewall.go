@@ -40,7 +40,7 @@ const firewallTable = "coracle"
 // packets off the loopback device only under route_localnet (node.openLoopback), which would let pods reach
 // whatever listens there: the chain loopback keeps them out. IPv6 has no such way; its table has two other chains:
 //
-//	chain nowhere   { type filter hook prerouting priority filter; iifname "coracle0" meta l4proto tcp fib daddr type unreachable reject with tcp reset }
+//	chain nowhere   { type filter hook prerouting priority filter; iifname "coracle0" meta l4proto tcp fib daddr . mark type unreachable reject with tcp reset }
 //	chain redirects { type filter hook output priority filter;     oifname "coracle0" icmpv6 type nd-redirect drop }
 //
 // A pod adds elements and never rules, so that its cost does not grow with the number of pods. hairpin holds a

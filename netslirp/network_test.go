@@ -46,6 +46,16 @@ func TestPodsReachEachOtherTheNodeAndTheWorld(t *testing.T) {
 	// The world has no route to pods: it answers because it sees the node's address.
 	wantAnswer(t, a.ns, "tcp", join(worldIP, 80), "world "+uplinkIP)
 	must(t, n.Ready())
+	// Nobody has told the pods of a shorter way to each other.
+	within(t, a.ns, func() error {
+		counters, err := os.ReadFile("/proc/thread-self/net/snmp6")
+		for line := range strings.Lines(string(counters)) {
+			if f := strings.Fields(line); len(f) == 2 && f[0] == "Icmp6InRedirects" && f[1] != "0" {
+				t.Errorf("the pod was sent %s redirects", f[1])
+			}
+		}
+		return err
+	})
 }
 
 // sixOf is an address of the default IPv6 network of pods.

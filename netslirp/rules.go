@@ -53,7 +53,7 @@ func (f *firewall) addChains(c *nftables.Conn, t tables, prefixes []netip.Prefix
 		return
 	}
 	nowhere := chain("nowhere", filter, nftables.ChainHookPrerouting, nftables.ChainPriorityFilter)
-	rule(nowhere, f.fromBridge(), tcp(), fib(expr.Fib{FlagDADDR: true}, expr.CmpOpEq, unix.RTN_UNREACHABLE), reset())
+	rule(nowhere, f.fromBridge(), tcp(), fib(expr.Fib{FlagDADDR: true, FlagMARK: true}, expr.CmpOpEq, unix.RTN_UNREACHABLE), reset())
 	redirects := chain("redirects", filter, nftables.ChainHookOutput, nftables.ChainPriorityFilter)
 	rule(redirects, f.toBridge(), redirect(), drop())
 }
