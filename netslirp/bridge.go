@@ -251,8 +251,9 @@ func (n *node) ready() error {
 		if err != nil {
 			return fmt.Errorf("find the user-mode network's device: %w", err)
 		}
-		if uplink.Attrs().RawFlags&unix.IFF_RUNNING == 0 {
-			return fmt.Errorf("the user-mode network behind %s has ended", uplink.Attrs().Name)
+		if uplink.Attrs().RawFlags&unix.IFF_LOWER_UP == 0 {
+			return fmt.Errorf("the user-mode network behind %s has ended and is started again within %s; where it is not, start the node "+
+				"again (coracle down, then coracle up)", uplink.Attrs().Name, slirpMostPause)
 		}
 		return nil
 	}

@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"github.com/vishvananda/netlink"
 )
 
 // DefaultPodCIDR is one network of each version of IP. The second is of the range that RFC 4193 leaves to whoever
@@ -61,6 +63,12 @@ func parsePodCIDR(cidrs string) ([]netip.Prefix, error) {
 	return out, nil
 }
 
+// CheckPodCIDR tells, before anything is started, whether a node could take it.
+func CheckPodCIDR(cidrs string) error {
+	_, err := parsePodCIDR(cidrs)
+	return err
+}
+
 // usablePodCIDR drops the IPv6 part of the default where this node has no IPv6, and refuses one that was asked for.
 func (n *Network) usablePodCIDR(cidrs string) ([]netip.Prefix, error) {
 	prefixes, err := parsePodCIDR(cidrs)
@@ -72,6 +80,39 @@ func (n *Network) usablePodCIDR(cidrs string) ([]netip.Prefix, error) {
 		return nil, fmt.Errorf("pod CIDR %s: %w: %w", cidrs, ErrUnsupported, n.node.noIPv6)
 	}
 	return slices.DeleteFunc(prefixes, isIPv6), nil
+}
+
+// HiddenFromPods tells which networks of the host pods cannot reach, since the pod CIDR has addresses of theirs too: such
+// packets stay in the node. It looks at the routes of the calling thread's network namespace, the host's, as they
+// are now: podman's network, of the same default, is there while a container of it runs.
+func HiddenFromPods(cidrs string) ([]string, error) {
+	prefixes, err := parsePodCIDR(cidrs)
+	if err != nil {
+		return nil, err
+	}
+	var hidden []string
+	for _, p := range prefixes {
+		routes, err := consistent(func() ([]netlink.Route, error) { return netlink.RouteList(nil, familyOf(p.Addr()).number) })
+		if err != nil {
+			return nil, fmt.Errorf("list routes of the host: %w", err)
+		}
+		for _, r := range routes {
+			if r.Dst == nil {
+				continue
+			}
+			ones, _ := r.Dst.Mask.Size()
+			to := netip.PrefixFrom(addrOf(r.Dst.IP), ones)
+			if ones == 0 || !to.Overlaps(p) {
+				continue
+			}
+			name := "by no device"
+			if link, err := netlink.LinkByIndex(r.LinkIndex); err == nil {
+				name = link.Attrs().Name
+			}
+			hidden = append(hidden, fmt.Sprintf("%s (%s)", to, name))
+		}
+	}
+	return hidden, nil
 }
 
 func formatPodCIDR(prefixes []netip.Prefix) string {
@@ -184,5 +225,20 @@ func (n *Network) SetPodCIDR(cidr string) error {
 	n.mu.Lock()
 	n.pools = next
 	n.mu.Unlock()
+	n.warnHidden()
 	return nil
+}
+
+// warnHidden says in the log what HiddenFromPods finds.
+func (n *Network) warnHidden() {
+	n.mu.Lock()
+	cidr := formatPodCIDR(pools{current: n.pools.current}.prefixes())
+	n.mu.Unlock()
+	hidden, err := HiddenFromPods(cidr)
+	if err != nil {
+		n.cfg.Log.Warn("whether the pod CIDR hides a network of the host cannot be told", "error", err)
+	} else if len(hidden) > 0 {
+		n.cfg.Log.Warn("pods cannot reach networks of the host that the pod CIDR overlaps; if they should, set network.podCIDR to another",
+			"podCIDR", cidr, "hidden", hidden)
+	}
 }

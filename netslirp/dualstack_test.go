@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -246,6 +248,43 @@ func TestUnreadableRecordIsSetAside(t *testing.T) {
 			must(t, os.Remove(l.recordFile("gone")+".unreadable"))
 			l.checkEmpty(n)
 		})
+	}
+}
+
+// The tests' own namespace is the host: with a network as podman's it has one that pods do not reach.
+func TestHiddenFromPods(t *testing.T) {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = "podman0"
+	must(t, netlink.LinkAdd(&netlink.Bridge{LinkAttrs: attrs}))
+	t.Cleanup(func() {
+		link, err := netlink.LinkByName("podman0")
+		must(t, err)
+		must(t, netlink.LinkDel(link))
+	})
+	must(t, address("podman0", "10.88.0.1/16"))
+	must(t, address("podman0", "fd00:88::1/64"))
+	must(t, netlink.RouteAdd(&netlink.Route{Gw: net.ParseIP("10.88.0.9")})) // a default route hides nothing
+	for cidr, want := range map[string]string{
+		DefaultPodCIDR: "[10.88.0.0/16 (podman0)]", "10.88.7.0/24": "[10.88.0.0/16 (podman0)]", "10.89.0.0/16": "[]",
+		"10.89.0.0/16,fd00:88::/56": "[fd00:88::/64 (podman0)]",
+	} {
+		if got, err := HiddenFromPods(cidr); err != nil || fmt.Sprint(got) != want {
+			t.Errorf("%s hides %v, %v; want %s", cidr, got, err, want)
+		}
+	}
+	_, err := HiddenFromPods("pods")
+	wantIs(t, err, ErrInvalid, "pods")
+	var logged bytes.Buffer
+	l := newLab(t)
+	l.cfg.Log = slog.New(slog.NewTextHandler(&logged, nil))
+	n := l.open()
+	if !strings.Contains(logged.String(), "10.88.0.0/16 (podman0)") {
+		t.Errorf("log: %s", logged.String())
+	}
+	logged.Reset()
+	must(t, n.SetPodCIDR("10.89.0.0/16"))
+	if logged.Len() > 0 {
+		t.Errorf("log: %s", logged.String())
 	}
 }
 

@@ -110,6 +110,7 @@ func Open(cfg Config) (_ *Network, err error) {
 	if err := n.node.openLoopback(); err != nil { // not before the firewall keeps pods out of it
 		return nil, err
 	}
+	n.warnHidden()
 	return n, nil
 }
 

@@ -141,11 +141,22 @@ func TestNodeOfRootlesskit(t *testing.T) {
 	}
 	must(t, os.WriteFile(filepath.Join(dir, "lan-is-done"), nil, 0o600))
 	wait(t, filepath.Join(dir, "pods-are-gone"), ended, &out)
-	must(t, unix.Kill(pidOf(t, "slirp4netns"), unix.SIGKILL))
+	slirp := pidOf(t, "slirp4netns")
+	must(t, unix.Kill(slirp, unix.SIGKILL))
+	eventually(t, "the end of slirp4netns", func() error {
+		if err := unix.Kill(slirp, 0); !errors.Is(err, unix.ESRCH) {
+			return fmt.Errorf("process %d: %w", slirp, err)
+		}
+		return nil
+	})
+	must(t, os.WriteFile(filepath.Join(dir, "slirp-is-dead"), nil, 0o600))
 	if err := <-ended; err != nil {
 		t.Errorf("the node: %v", err)
 	}
 	t.Logf("inside the node:\n%s", out.Bytes())
+	if !strings.Contains(out.String(), "the user-mode network has ended (signal: killed): starting it again") {
+		t.Error("the end of slirp4netns is not in the log")
+	}
 	if _, err := os.Stat(state); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("rootlesskit's directory is left: %v", err)
 	}
@@ -308,14 +319,15 @@ func TestInsideNode(t *testing.T) {
 	wantSilence(t, "", "tcp", "127.0.0.1:20080")
 	home(t)
 
-	must(t, n.Ready())
+	// slirp4netns is killed; it comes back, and with it the world.
+	client = insidePod(t, n, "client")
+	wantAnswer(t, client.ns, "tcp", hostIP+":8080", "host")
 	must(t, os.WriteFile(filepath.Join(dir, "pods-are-gone"), nil, 0o600))
-	eventually(t, "the end of slirp4netns is told", func() error {
-		if err := n.Ready(); err == nil || !strings.Contains(err.Error(), "the user-mode network behind tap0 has ended") {
-			return fmt.Errorf("ready: %w", err)
-		}
-		return nil
-	})
+	wait(t, filepath.Join(dir, "slirp-is-dead"), nil, nil)
+	eventually(t, "slirp4netns is started again", n.Ready)
+	wantAnswer(t, client.ns, "tcp", hostIP+":8080", "host")
+	wantAnswer(t, client.ns, "tcp", lanIP+":80", "lan "+hostIP)
+	must(t, n.Detach(ctx, client.id, client.ns))
 }
 
 func insidePod(t *testing.T, n *Network, id string, ports ...PortMapping) pod {
