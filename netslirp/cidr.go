@@ -1,6 +1,7 @@
 package netslirp
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -65,7 +66,7 @@ func parsePodCIDR(cidrs string) ([]netip.Prefix, error) {
 
 // CheckPodCIDR tells, before anything is started, whether a node could take it.
 func CheckPodCIDR(cidrs string) error {
-	_, err := parsePodCIDR(cidrs)
+	_, err := parsePodCIDR(cmp.Or(cidrs, DefaultPodCIDR))
 	return err
 }
 
@@ -86,7 +87,7 @@ func (n *Network) usablePodCIDR(cidrs string) ([]netip.Prefix, error) {
 // packets stay in the node. It looks at the routes of the calling thread's network namespace, the host's, as they
 // are now: podman's network, of the same default, is there while a container of it runs.
 func HiddenFromPods(cidrs string) ([]string, error) {
-	prefixes, err := parsePodCIDR(cidrs)
+	prefixes, err := parsePodCIDR(cmp.Or(cidrs, DefaultPodCIDR))
 	if err != nil {
 		return nil, err
 	}

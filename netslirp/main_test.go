@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -96,6 +97,9 @@ func (l *lab) startPortDriver(dir string) {
 		t.Fatalf("port driver: %v", err)
 	case err := <-childDone:
 		t.Fatalf("port driver's child: %v", err)
+	case <-time.After(time.Minute):
+		stacks := make([]byte, 1<<20)
+		t.Fatalf("the port driver does not start:\n%s", stacks[:runtime.Stack(stacks, true)])
 	}
 	listener, err := net.Listen("unix", l.cfg.APISocket)
 	must(t, err)

@@ -35,6 +35,8 @@ const (
 	connectTimeout = 10 * time.Second
 	// transparentTimeout bounds the try with the client's address, before the one without.
 	transparentTimeout = time.Second
+	// requestTimeout bounds the wait for a request of the parent, which sends it as soon as it is connected.
+	requestTimeout = 10 * time.Second
 )
 
 // RunChildDriver serves until quit says so. netNSPath is the node's namespace.
@@ -86,6 +88,9 @@ func (d portChild) RunChildDriver(config map[string]string, quit <-chan struct{}
 // serve answers one request (rootlesskit's pkg/port/builtin/msg).
 func (d portChild) serve(ctx context.Context, conn *net.UnixConn, node *os.File) error {
 	var req msg.Request
+	if err := conn.SetReadDeadline(time.Now().Add(requestTimeout)); err != nil {
+		return err
+	}
 	if _, err := lowlevelmsgutil.UnmarshalFromReader(conn, &req); err != nil {
 		return fmt.Errorf("read request: %w", err)
 	}
