@@ -95,7 +95,7 @@ func HiddenFromPods(cidrs string) ([]string, error) {
 	for _, p := range prefixes {
 		routes, err := consistent(func() ([]netlink.Route, error) { return netlink.RouteList(nil, familyOf(p.Addr()).number) })
 		if err != nil {
-			return nil, fmt.Errorf("list routes of the host: %w", err)
+			return hidden, fmt.Errorf("list routes of the host: %w", err)
 		}
 		for _, r := range routes {
 			if r.Dst == nil {

@@ -120,8 +120,12 @@ func TestIPv6AddressComesBackWithAnotherMAC(t *testing.T) {
 func TestPodThatDisablesIPv6(t *testing.T) {
 	l := newLab(t)
 	n := l.open()
-	ns := newNetNS(t)
-	within(t, ns, func() error { return writeSysctl("ipv6/conf/all/disable_ipv6", "1") })
+	without := func() string {
+		ns := newNetNS(t)
+		within(t, ns, func() error { return writeSysctl("ipv6/conf/all/disable_ipv6", "1") })
+		return ns
+	}
+	ns := without()
 	ctx := context.Background()
 	port := PortMapping{HostPort: 20080, ContainerPort: 80}
 	got, err := n.Attach(ctx, AttachRequest{PodID: "a", NetNS: ns, Ports: []PortMapping{port}})
@@ -135,7 +139,7 @@ func TestPodThatDisablesIPv6(t *testing.T) {
 	}
 	must(t, n.Detach(ctx, "a", ns))
 	must(t, n.SetPodCIDR("fd00:1::/64"))
-	_, err = n.Attach(ctx, AttachRequest{PodID: "b", NetNS: ns})
+	_, err = n.Attach(ctx, AttachRequest{PodID: "b", NetNS: without()})
 	wantIs(t, err, ErrInvalid, "a sysctl of the pod disables IPv6")
 	l.checkEmpty(n)
 }

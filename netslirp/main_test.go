@@ -170,7 +170,11 @@ func (l *lab) checkEmpty(n *Network) {
 		if err != nil {
 			return err
 		}
-		for _, set := range append(newTables(ipv4).sets(), newTables(ipv6).sets()...) {
+		var sets []*nftables.Set
+		for _, f := range n.node.families() {
+			sets = append(sets, newTables(f).sets()...)
+		}
+		for _, set := range sets {
 			found, err := conn.GetSetByName(set.Table, set.Name)
 			if err != nil {
 				return err

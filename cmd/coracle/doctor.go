@@ -56,7 +56,7 @@ func runDoctor(c config, out io.Writer) error {
 	}
 	report("network driver "+c.Network.Driver, netslirp.CheckDriver(driverConfig(c, io.Discard)))
 	report("pod CIDR "+c.Network.PodCIDR, netslirp.CheckPodCIDR(c.Network.PodCIDR))
-	if hidden, err := netslirp.HiddenFromPods(c.Network.PodCIDR); err == nil && len(hidden) > 0 { // a node starts all the same
+	if hidden, _ := netslirp.HiddenFromPods(c.Network.PodCIDR); len(hidden) > 0 { // a node starts all the same
 		fmt.Fprintf(out, "note  pods do not reach %s of this host, which the pod CIDR overlaps\n"+
 			"      if they should, choose another for them, as with: --pod-cidr 10.89.0.0/16\n", strings.Join(hidden, ", "))
 	}
