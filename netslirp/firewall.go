@@ -101,26 +101,6 @@ func (f *firewall) transaction(fill func(*nftables.Conn, tables) error) error {
 	})
 }
 
-// probeFirewall tells whether the kernel has what the tables of this version of IP need, in the calling thread's
-// namespace. It leaves nothing.
-func probeFirewall(version *family) error {
-	conn, err := nftables.New()
-	if err != nil {
-		return err
-	}
-	t := newTables(version)
-	t.table.Name += "-probe"
-	conn.AddTable(t.table)
-	for _, set := range t.sets() {
-		if err := conn.AddSet(set, nil); err != nil {
-			return err
-		}
-	}
-	(&firewall{}).addChains(conn, t, nil)
-	conn.DelTable(t.table)
-	return conn.Flush()
-}
-
 // replace makes the tables hold exactly this.
 func (f *firewall) replace(prefixes []netip.Prefix, forwards []forward) error {
 	err := f.transaction(func(c *nftables.Conn, t tables) error {

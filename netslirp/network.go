@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -103,8 +104,7 @@ func Open(cfg Config) (_ *Network, err error) {
 			return nil, err
 		}
 	}
-	n.firewall = &firewall{ns: n.node.ns, bridge: cfg.Bridge, families: n.node.families()}
-	if err := n.firewall.replace(n.pools.prefixes(), n.allForwards()); err != nil {
+	if err := n.openFirewall(); err != nil {
 		return nil, err
 	}
 	if err := n.node.openLoopback(); err != nil { // not before the firewall keeps pods out of it
@@ -112,6 +112,27 @@ func Open(cfg Config) (_ *Network, err error) {
 	}
 	n.warnHidden()
 	return n, nil
+}
+
+// openFirewall does without IPv6 where the kernel has no nftables for it, unless the pod CIDR was asked to have it. To
+// look first would cost a start the 10 ms that the kernel takes to delete what it was tried with.
+func (n *Network) openFirewall() error {
+	n.firewall = &firewall{ns: n.node.ns, bridge: n.cfg.Bridge, families: n.node.families()}
+	err := n.firewall.replace(n.pools.prefixes(), n.allForwards())
+	if err == nil || n.node.noIPv6 != nil {
+		return err
+	}
+	n.node.noIPv6 = fmt.Errorf("this kernel has IPv6, and lacks a part of nftables for it: %w", err)
+	prefixes, cerr := n.usablePodCIDR(n.savedPodCIDR())
+	if cerr != nil {
+		return cerr
+	}
+	n.pools.current = slices.DeleteFunc(n.pools.current, func(p *pool) bool { return !slices.Contains(prefixes, p.prefix) })
+	n.firewall.families = n.node.families()
+	if n.firewall.replace(n.pools.prefixes(), n.allForwards()) != nil {
+		return err // IPv6 is not what is wrong
+	}
+	return nil
 }
 
 func (n *Network) allForwards() []forward {
