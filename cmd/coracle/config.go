@@ -14,6 +14,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/coracle-cri/coracle/images"
+	"github.com/coracle-cri/coracle/netslirp"
 	"github.com/coracle-cri/coracle/rootless"
 )
 
@@ -64,7 +65,7 @@ func defaults() config {
 	return config{
 		Name:      rootless.DefaultName,
 		Log:       logConfig{Level: "info", Format: "text"},
-		Network:   networkConfig{Driver: "slirp4netns", Program: "slirp4netns", MTU: 65520, PodCIDR: "10.88.0.0/16"},
+		Network:   networkConfig{Driver: "slirp4netns", Program: "slirp4netns", MTU: 65520, PodCIDR: netslirp.DefaultPodCIDR},
 		Limits:    "best-effort",
 		Streaming: streamingConfig{Address: "127.0.0.1:0"},
 		Images:    imagesConfig{MaxLayerBytes: 64 << 30},
@@ -151,7 +152,8 @@ var keys = []key{
 	text("network-program", "network.program", "the driver's program, by name or path", func(c *config) *string { return &c.Network.Program }),
 	number("network-mtu", "network.mtu", "MTU of the node's and the pods' interfaces, in bytes",
 		func(c *config, n int64) { c.Network.MTU = int(n) }, func(c config) int64 { return int64(c.Network.MTU) }),
-	text("pod-cidr", "network.podCIDR", "addresses of pods; a kubelet may set it too (UpdateRuntimeConfig)", func(c *config) *string { return &c.Network.PodCIDR }),
+	text("pod-cidr", "network.podCIDR", "addresses of pods: one network, or one of IPv4 and one of IPv6 with a comma between them, the one of the pods' IP first; a kubelet may set it too (UpdateRuntimeConfig)",
+		func(c *config) *string { return &c.Network.PodCIDR }),
 	truth("host-loopback", "network.hostLoopback", "let pods reach the host's 127.0.0.1 as 10.0.2.2", func(c *config) *bool { return &c.Network.HostLoopback }),
 	oneOf(text("limits", "limits", "what becomes of a limit that cannot be applied here: left out and shown, or an error", func(c *config) *string { return &c.Limits }), "best-effort", "strict"),
 	text("streaming-address", "streaming.address", "loopback address of the exec, attach and port-forward server; port 0 picks one", func(c *config) *string { return &c.Streaming.Address }),

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -54,6 +55,11 @@ func runDoctor(c config, out io.Writer) error {
 		report("user, user namespaces, id map helpers, subordinate ids", nil)
 	}
 	report("network driver "+c.Network.Driver, netslirp.CheckDriver(driverConfig(c, io.Discard)))
+	report("pod CIDR "+c.Network.PodCIDR, netslirp.CheckPodCIDR(c.Network.PodCIDR))
+	if hidden, _ := netslirp.HiddenFromPods(c.Network.PodCIDR); len(hidden) > 0 { // a node starts all the same
+		fmt.Fprintf(out, "note  pods do not reach %s of this host, which the pod CIDR overlaps\n"+
+			"      if they should, choose another for them, as with: --pod-cidr 10.89.0.0/16\n", strings.Join(hidden, ", "))
+	}
 	_, err = keeperPath()
 	report("coracle-keeper", err)
 	delegation, err := cgroupv2.Find()

@@ -60,7 +60,7 @@ func preflight(c config) error {
 	for _, p := range rootless.Preflight() {
 		all = append(all, p)
 	}
-	all = append(all, netslirp.CheckDriver(driverConfig(c, io.Discard)))
+	all = append(all, netslirp.CheckDriver(driverConfig(c, io.Discard)), netslirp.CheckPodCIDR(c.Network.PodCIDR))
 	if _, err := keeperPath(); err != nil {
 		all = append(all, err)
 	}
