@@ -36,19 +36,27 @@ func newChildren(log *slog.Logger) *children {
 }
 
 // launch runs start, which makes a child and returns its pid, and keeps the reaper away until the pid is known.
-func (c *children) launch(start func() (int, error)) (int, error) {
+func (c *children) launch(start func() (int, error)) (pid int, err error) {
+	err = c.undisturbed(func() error {
+		if pid, err = start(); err == nil {
+			c.mu.Lock()
+			c.known[pid] = struct{}{}
+			c.mu.Unlock()
+		}
+		return err
+	})
+	return pid, err
+}
+
+// undisturbed runs do, which waits itself for the children that it makes, and keeps the reaper away meanwhile.
+func (c *children) undisturbed(do func() error) error {
 	c.launching.RLock()
-	pid, err := start()
-	if err == nil {
-		c.mu.Lock()
-		c.known[pid] = struct{}{}
-		c.mu.Unlock()
-	}
+	err := do()
 	c.launching.RUnlock()
 	if c.skipped.Load() {
 		c.look()
 	}
-	return pid, err
+	return err
 }
 
 // collect runs wait, which takes the status of an own child that has ended, and forgets the child. Both happen

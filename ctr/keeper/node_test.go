@@ -128,7 +128,7 @@ func TestAKilledKeeperLeavesNoLieOnDisk(t *testing.T) {
 	}
 	kill := sync.OnceFunc(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
 	t.Cleanup(kill)
-	other := &node{Client: ctr.NewClient(filepath.Join(dir, keeper.SocketName)), t: t, dir: dir}
+	other := &node{Client: ctr.NewClient(filepath.Join(dir, keeper.SocketName)), t: t, dir: dir, runtime: runtimeOfTests}
 	eventually(t, "it listens", func() bool { return exists(filepath.Join(dir, keeper.SocketName)) })
 	other.create("runs", sh("sleep 1000"))
 	other.start("runs")
