@@ -18,8 +18,8 @@ import (
 // daemon. As a subreaper the keeper also becomes the parent of orphans (what a container in the node's pid
 // namespace leaves behind, helpers of a daemon that died), and those it reaps.
 //
-// libcontainer and os/exec wait for short-lived children of which only they know the pid. So no orphan is reaped
-// while a launch is under way: launches hold launching for reading, the reaper takes it for writing if it can at
+// libcontainer and os/exec wait for short-lived children of which only they know the pid, and an OCI runtime program
+// leaves a child to the keeper before it can tell its pid. So no orphan is reaped while a launch is under way: launches hold launching for reading, the reaper takes it for writing if it can at
 // once, and is poked by the end of the launch if it could not.
 type children struct {
 	log       *slog.Logger
@@ -36,27 +36,19 @@ func newChildren(log *slog.Logger) *children {
 }
 
 // launch runs start, which makes a child and returns its pid, and keeps the reaper away until the pid is known.
-func (c *children) launch(start func() (int, error)) (pid int, err error) {
-	err = c.undisturbed(func() error {
-		if pid, err = start(); err == nil {
-			c.mu.Lock()
-			c.known[pid] = struct{}{}
-			c.mu.Unlock()
-		}
-		return err
-	})
-	return pid, err
-}
-
-// undisturbed runs do, which waits itself for the children that it makes, and keeps the reaper away meanwhile.
-func (c *children) undisturbed(do func() error) error {
+func (c *children) launch(start func() (int, error)) (int, error) {
 	c.launching.RLock()
-	err := do()
+	pid, err := start()
+	if err == nil {
+		c.mu.Lock()
+		c.known[pid] = struct{}{}
+		c.mu.Unlock()
+	}
 	c.launching.RUnlock()
 	if c.skipped.Load() {
 		c.look()
 	}
-	return err
+	return pid, err
 }
 
 // collect runs wait, which takes the status of an own child that has ended, and forgets the child. Both happen

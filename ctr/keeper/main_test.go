@@ -32,6 +32,9 @@ func init() { keeper.Init() }
 const roleEnv = "CORACLE_TEST_ROLE"
 
 func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == sandboxesArg {
+		exitOn(runSandboxes(os.Args[2:]))
+	}
 	switch os.Getenv(roleEnv) {
 	case "keeper":
 		exitOn(runKeeper(os.Args[1]))

@@ -5,11 +5,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
@@ -33,9 +33,8 @@ type program struct {
 	id      string
 	bundle  string
 	member  *sandboxed // nil for a container with processes of its own
-
-	mu        sync.Mutex
-	resources *specs.LinuxResources // in force
+	// resources are those in force; container.op guards them.
+	resources *specs.LinuxResources
 }
 
 func newProgram(k *Keeper, id string, req *wire.Create) (_ *program, err error) {
@@ -178,14 +177,12 @@ func (p *program) start(dead <-chan struct{}) error {
 	if p.member != nil {
 		return p.member.start(ctx, r)
 	}
-	return p.keeper.children.undisturbed(func() error { return r.do(ctx, ends{}) })
+	return r.do(ctx, ends{})
 }
 
 // update has the program write the limits. It stops at the first that the kernel refuses, so that those in force before
 // are put back.
 func (p *program) update(r *specs.LinuxResources) error {
-	p.mu.Lock()
-	defer p.mu.Unlock()
 	err := p.setResources(r)
 	if err == nil {
 		p.resources = r
@@ -203,14 +200,14 @@ func (p *program) setResources(resources *specs.LinuxResources) error {
 	}
 	defer os.Remove(file)
 	r.args = append(r.args, "--resources", file, p.id)
-	return p.keeper.children.undisturbed(func() error { return r.do(context.Background(), ends{}) })
+	return r.do(context.Background(), ends{})
 }
 
 // signal has the program send a signal: to processes that the keeper cannot reach itself.
 func (p *program) signal(sig syscall.Signal, options ...string) error {
 	r := p.prepare("kill")
 	r.args = append(append(r.args, options...), p.id, strconv.Itoa(int(sig)))
-	return p.keeper.children.undisturbed(func() error { return r.do(context.Background(), ends{}) })
+	return r.do(context.Background(), ends{})
 }
 
 func (p *program) destroy() error {
@@ -222,7 +219,13 @@ func (p *program) destroy() error {
 	}
 	r := p.prepare("delete")
 	r.args = append(r.args, "--force", p.id)
-	if err := p.keeper.children.undisturbed(func() error { return r.do(context.Background(), ends{}) }); err != nil {
+	err := r.do(context.Background(), ends{})
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
+		// The program has gone. No process is left; its state is, and a cgroup, which goes with the pod's.
+		p.keeper.log.Warn("container is taken away without its runtime", "container", p.id, "error", err)
+		err = os.RemoveAll(filepath.Join(p.keeper.programState(), p.id))
+	}
+	if err != nil {
 		return err
 	}
 	if err := os.RemoveAll(p.bundle); err != nil {

@@ -1,8 +1,11 @@
 package keeper_test
 
 import (
+	"context"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/coracle-cri/coracle/ctr"
@@ -67,5 +70,71 @@ func TestTheSameByAnOCIRuntime(t *testing.T) {
 		{"killed keeper", TestAKilledKeeperLeavesNoLieOnDisk},
 	} {
 		t.Run(test.name, test.run)
+	}
+}
+
+// TestARuntimeThatFailsSaysWhyAndLeavesNothing: programs that are none, or break what they promise.
+func TestARuntimeThatFailsSaysWhyAndLeavesNothing(t *testing.T) {
+	n := newNode(t)
+	script := func(text string) string {
+		path := filepath.Join(n.dir, "runtime")
+		// A new file each time: to write one that is still executed is ETXTBSY.
+		_ = os.Remove(path)
+		if err := os.WriteFile(path, []byte("#!/bin/sh\n[ \"$7\" = create ] || exit 0\n"+text), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	for name, tc := range map[string]struct{ path, script, want string }{
+		"relative":     {path: "crun", want: "not absolute"},
+		"missing":      {path: "/nowhere/crun", want: "/nowhere/crun: no such file"},
+		"fails":        {script: "echo usage >&2; echo what is it >&2; exit 3", want: "create: what is it"},
+		"says nothing": {script: "exit 3", want: "exit status 3"},
+		"logs":         {script: `echo '{"level":"error","msg":"the reason"}' > "$4"; echo noise >&2; exit 3`, want: "create: the reason"},
+		"no pid":       {script: "exit 0", want: "no such file"},
+		"foreign pid": {script: `while [ "$1" != --pid-file ]; do shift; done; echo 1 > "$2"`,
+			want: "process 1, which it names, is no child of the keeper"},
+	} {
+		path := tc.path
+		if path == "" {
+			path = script(tc.script)
+		}
+		_, err := n.Create(context.Background(), ctr.CreateRequest{ID: "c1", Spec: sh("true"), Runtime: &ctr.Runtime{Path: path}})
+		if err == nil || !strings.Contains(err.Error(), tc.want) {
+			t.Errorf("%s: %v, want %q in it", name, err, tc.want)
+		}
+		if left, _ := filepath.Glob(n.dir + "/keeper/bundles/*"); len(left) != 0 {
+			t.Errorf("%s: left %v", name, left)
+		}
+	}
+}
+
+// TestAContainerOutlivesItsRuntimesProgram: an upgrade that fails half-way must not leave what nobody can remove.
+func TestAContainerOutlivesItsRuntimesProgram(t *testing.T) {
+	program, err := os.ReadFile(crun(t).Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := newNode(t)
+	path := filepath.Join(n.dir, "crun")
+	if err := os.WriteFile(path, program, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	n.create("c1", sh("exit 5"), func(r *ctr.CreateRequest) { r.Runtime = &ctr.Runtime{Path: path} })
+	n.start("c1")
+	if s := n.exit("c1"); s.ExitCode != 5 {
+		t.Errorf("exit %+v", s)
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	n.delete("c1")
+	for _, dir := range []string{"bundles", "oci"} {
+		if left, _ := filepath.Glob(filepath.Join(n.dir, "keeper", dir, "*")); len(left) != 0 {
+			t.Errorf("left %v", left)
+		}
+	}
+	if cgroups {
+		_ = os.Remove("/sys/fs/cgroup/c1") // on a node it goes with the pod's
 	}
 }

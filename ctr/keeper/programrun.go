@@ -53,7 +53,43 @@ func (p *program) commandLine(log, command string, args []string) []string {
 }
 
 // do runs the program to its end. What it starts inherits the streams; its own complaints go to a log.
-func (r *run) do(ctx context.Context, s ends) error {
+func (r *run) do(ctx context.Context, s ends) error { return r.execute(ctx, s, r.await) }
+
+// making is do for a command that leaves a process behind, for whose pid the caller holds the reaper off.
+func (r *run) making(s ends) error {
+	return r.execute(context.Background(), s, func(cmd *exec.Cmd) error {
+		if err := startInView(cmd); err != nil {
+			return err
+		}
+		return cmd.Wait()
+	})
+}
+
+// await leaves the reaper at work: what the program deletes may be waiting to be reaped, and the program for that.
+func (r *run) await(cmd *exec.Cmd) (err error) {
+	children := r.program.keeper.children
+	pid, err := children.launch(func() (int, error) {
+		if err := startInView(cmd); err != nil {
+			return 0, err
+		}
+		return cmd.Process.Pid, nil
+	})
+	if err != nil {
+		return err
+	}
+	p, err := openProcess(pid)
+	if err == nil {
+		err = p.await()
+		p.close()
+	}
+	if err != nil {
+		_ = cmd.Process.Kill() // nothing can be known of it
+	}
+	children.collect(pid, func() { err = errors.Join(err, cmd.Wait()) })
+	return err
+}
+
+func (r *run) execute(ctx context.Context, s ends, toItsEnd func(*exec.Cmd) error) error {
 	ctx, cancel := context.WithTimeout(ctx, programTimeout)
 	defer cancel()
 	log := r.file("log")
@@ -81,10 +117,7 @@ func (r *run) do(ctx context.Context, s ends) error {
 		// A file, not a pipe: what the program leaves behind may hold it, and nobody waits for its end.
 		cmd.Stderr, said = file, file
 	}
-	err := startInView(cmd)
-	if err == nil {
-		err = cmd.Wait()
-	}
+	err := toItsEnd(cmd)
 	switch {
 	case err == nil:
 		return nil
@@ -101,7 +134,7 @@ func (r *run) do(ctx context.Context, s ends) error {
 func (r *run) withTerminal(s ends, args ...string) (*os.File, error) {
 	if !s.tty {
 		r.args = append(r.args, args...)
-		return nil, r.do(context.Background(), s)
+		return nil, r.making(s)
 	}
 	// Short, as the names of sockets are (unix(7): 108 bytes).
 	path := filepath.Join(r.program.keeper.recordDir(), fmt.Sprintf("t%d", r.number))
@@ -111,7 +144,7 @@ func (r *run) withTerminal(s ends, args ...string) (*os.File, error) {
 	}
 	defer l.Close() // and the socket goes
 	r.args = append(append(r.args, "--console-socket", path), args...)
-	if err := r.do(context.Background(), ends{}); err != nil {
+	if err := r.making(ends{}); err != nil {
 		return nil, err
 	}
 	// It has been sent, or never will be.
@@ -201,18 +234,18 @@ func readWhatIsThere(f *os.File) []byte {
 // takes tells whether the command knows an option, by its own help: there is no other way to learn what a runtime has
 // beside the common ones, and an option that it does not know is an error.
 func (r *run) takes(option string) bool {
-	path := r.program.runtime.Path
-	info, err := os.Stat(path)
+	rt := r.program.runtime
+	info, err := os.Stat(rt.Path)
 	if err != nil {
 		return false // the run will say so
 	}
-	key := [3]string{path, info.ModTime().String(), r.command}
+	key := [3]string{rt.Path + " " + strings.Join(rt.Args, " "), info.ModTime().String(), r.command}
 	cache := &r.program.keeper.help
 	help, ok := cache.Load(key)
 	if !ok {
 		ctx, cancel := context.WithTimeout(context.Background(), programTimeout)
 		defer cancel()
-		cmd := exec.CommandContext(ctx, path, r.command, "--help")
+		cmd := exec.CommandContext(ctx, rt.Path, append(slices.Clone(rt.Args), r.command, "--help")...)
 		cmd.Env = programEnv()
 		out, _ := cmd.CombinedOutput() // some end with an error after having helped
 		help, _ = cache.LoadOrStore(key, string(out))

@@ -44,6 +44,8 @@ func standIn(args []string) {
 	os.Exit(1) // the container was given up before its start
 }
 
+func (m *sandboxed) file(name string) string { return filepath.Join(m.program.bundle, name) }
+
 func (m *sandboxed) create(r *run, s ends) (_ child, err error) {
 	tty, err := r.withTerminal(s, m.program.id)
 	if err != nil {
@@ -60,7 +62,7 @@ func (m *sandboxed) create(r *run, s ends) (_ child, err error) {
 	if m.streams, err = s.duplicate(); err != nil {
 		return child{}, err
 	}
-	result := filepath.Join(m.program.bundle, "exit")
+	result := m.file("exit")
 	if err := m.stand(result); err != nil {
 		return child{}, err
 	}
@@ -78,7 +80,7 @@ func (m *sandboxed) create(r *run, s ends) (_ child, err error) {
 		if status, ok := cmd.ProcessState.Sys().(syscall.WaitStatus); ok && status.Signaled() {
 			return exitCode(status), nil
 		}
-		return lostExitCode, fmt.Errorf("its sandbox has ended: %w", errors.Join(werr, err))
+		return lostExitCode, fmt.Errorf("await container in its sandbox: %w", complaint(m.file("wait.log"), nil, errors.Join(werr, err)))
 	}
 	return child{pid: cmd.Process.Pid, collect: collect, tty: tty, signal: m.signal}, nil
 }
@@ -95,7 +97,7 @@ func (m *sandboxed) stand(result string) error {
 		return fmt.Errorf("make gate: %w", err)
 	}
 	defer theirs.Close()
-	line := m.program.commandLine(filepath.Join(m.program.bundle, "wait.log"), "wait", []string{m.program.id})
+	line := m.program.commandLine(m.file("wait.log"), "wait", []string{m.program.id})
 	cmd := exec.Command("/proc/self/exe", append([]string{standInArg}, line...)...)
 	cmd.Env, cmd.Stdout, cmd.ExtraFiles = programEnv(), out, []*os.File{theirs}
 	if err := cmd.Start(); err != nil {
@@ -105,17 +107,24 @@ func (m *sandboxed) stand(result string) error {
 	return nil
 }
 
+// start holds no lock while the program runs: a container whose start hangs can be killed.
 func (m *sandboxed) start(ctx context.Context, r *run) error {
 	m.mu.Lock()
-	defer m.mu.Unlock()
-	s := ends{stdStreams: m.streams}
-	err := m.program.keeper.children.undisturbed(func() error { return r.do(ctx, s) })
-	if err != nil {
+	streams := m.streams
+	m.streams = stdStreams{}
+	m.mu.Unlock()
+	defer streams.close()
+	if err := r.do(ctx, ends{stdStreams: streams}); err != nil {
 		return err
 	}
-	m.streams.close()
-	m.streams = stdStreams{}
-	if _, err := m.gate.Write([]byte{1}); err != nil {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.gate == nil {
+		return errors.New("it was given up before its start")
+	}
+	_, err := m.gate.Write([]byte{1})
+	err = errors.Join(err, m.gate.Close())
+	if m.gate = nil; err != nil {
 		return fmt.Errorf("let the stand-in go on: %w", err)
 	}
 	m.started = true
@@ -140,7 +149,8 @@ func (m *sandboxed) signal(sig syscall.Signal, all bool) error {
 	if sig != syscall.SIGKILL {
 		return err
 	}
-	// Its sandbox is gone, or is going to be: the end must be seen all the same.
+	// It has not been started, or its sandbox is gone or is going to be: the end must be seen all the same.
+	m.close()
 	if kerr := cmd.Process.Kill(); kerr != nil && !errors.Is(kerr, os.ErrProcessDone) {
 		return errors.Join(err, kerr)
 	}
