@@ -28,6 +28,7 @@ type config struct {
 	Images     imagesConfig                     `json:"images"`
 	CopyUp     []string                         `json:"copyUp"`
 	Registries map[string]images.RegistryConfig `json:"registries"`
+	Handlers   map[string]handlerConfig         `json:"handlers"`
 }
 
 type logConfig struct {
@@ -195,7 +196,7 @@ func (s *settings) resolve(flags *pflag.FlagSet) (config, error) {
 			return c, fmt.Errorf("copyUp[%d]: %q: give an absolute directory other than /tmp", i, dir)
 		}
 	}
-	return c, nil
+	return c, validateHandlers(c.Handlers)
 }
 
 // readFile reads the file over c. A file that was named must exist; unknown keys are refused, so that a
@@ -242,6 +243,12 @@ func (c *config) anchor(file string) error {
 		registry.CAFile = from(registry.CAFile)
 		c.Registries[host] = registry
 	}
+	for name, handler := range c.Handlers {
+		if strings.Contains(handler.Path, "/") { // else it is looked up in PATH
+			handler.Path = from(handler.Path)
+		}
+		c.Handlers[name] = handler
+	}
 	return nil
 }
 
@@ -283,7 +290,7 @@ func configCommand() *cobra.Command {
 				fmt.Fprintf(out, "%s\n    %s\n    flag --%s, variable %s, default %q\n", k.path, k.help, k.name, k.env(), k.get(defaults()))
 			}
 			fmt.Fprintf(out, "copyUp\n    directories that the node may write without the host seeing it; file only, default %s\n", strings.Join(defaults().CopyUp, ", "))
-			fmt.Fprint(out, registriesHelp)
+			fmt.Fprint(out, registriesHelp, handlersHelp)
 		},
 	}
 }
