@@ -1,7 +1,6 @@
 package pod
 
 import (
-	"fmt"
 	"maps"
 	"os/exec"
 	"slices"
@@ -48,11 +47,8 @@ func (s *Service) checkHandler(name string) error {
 }
 
 func (s *Service) handlerNames() string {
-	names := []string{`the default one, ""`}
-	for _, name := range slices.Sorted(maps.Keys(s.cfg.Handlers)) {
-		names = append(names, fmt.Sprintf("%q", name))
-	}
-	return "there are: " + strings.Join(names, ", ")
+	names := append([]string{"the default one (no name)"}, slices.Sorted(maps.Keys(s.cfg.Handlers))...)
+	return "there are " + strings.Join(names, ", ")
 }
 
 // runtimeOf is the program that makes a process of the pod: its pause process, or a container. nil is libcontainer.

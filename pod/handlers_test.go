@@ -54,7 +54,7 @@ func TestAHandlerThatNoPodCanHave(t *testing.T) {
 	program := h.withHandlers(map[string]Handler{"crun": {}, "runsc": {Sandbox: true}})
 	_, err := h.runBy("kata", h.podConfig("p"))
 	wantCode(t, err, codes.InvalidArgument)
-	if err != nil && !strings.Contains(err.Error(), `there are: the default one, "", "crun", "runsc"`) {
+	if err != nil && !strings.Contains(err.Error(), "there are the default one (no name), crun, runsc") {
 		t.Errorf("%v", err)
 	}
 	if err := os.Remove(program); err != nil {
