@@ -69,10 +69,12 @@ func (s *Service) runtimeOf(p *pod, pause bool) (*ctr.Runtime, error) {
 	return rt, nil
 }
 
-// annotate tells a runtime that has sandboxes what the spec is of.
+// annotate tells a runtime that has sandboxes what the spec is of, and the hostname: it does not look into the UTS
+// namespace of the pod.
 func (p *pod) annotate(spec *specs.Spec, kind string) {
 	if p.spec.Sandboxed {
 		spec.Annotations = map[string]string{annotationType: kind, annotationSandbox: p.spec.ID}
+		spec.Hostname = p.spec.Hostname
 	}
 }
 

@@ -107,8 +107,8 @@ func TestAHandlerWithSandboxesMakesThePauseProcessToo(t *testing.T) {
 	if want := (&ctr.Runtime{Path: program, Sandbox: pod}); !reflect.DeepEqual(member.Runtime, want) {
 		t.Errorf("runtime of the container %+v, want %+v", member.Runtime, want)
 	}
-	if got := member.Spec.Annotations; got[annotationType] != "container" || got[annotationSandbox] != pod {
-		t.Errorf("annotations of the container %v", got)
+	if got := member.Spec.Annotations; got[annotationType] != "container" || got[annotationSandbox] != pod || member.Spec.Hostname != "p" {
+		t.Errorf("annotations of the container %v, hostname %q", got, member.Spec.Hostname)
 	}
 	target := shell("t", "sleep 1")
 	target.Linux = &runtimeapi.LinuxContainerConfig{SecurityContext: &runtimeapi.LinuxContainerSecurityContext{

@@ -52,7 +52,7 @@ func (c *container) exec(req *wire.Exec, streams stdStreams) (_ *session, tty *o
 		if c.dies(dyingTimeout) {
 			err = errors.Join(wire.ErrNotRunning, err)
 		}
-		return nil, nil, errors.Join(err, s.removeCgroup())
+		return nil, nil, errors.Join(err, s.removeCgroup(false))
 	}
 	c.sessions.Add(1)
 	c.keeper.tasks.Go(func() { defer c.sessions.Done(); s.watch() })
@@ -110,12 +110,17 @@ func (c *container) subCgroup() (string, error) {
 	return dir, nil
 }
 
-// removeCgroup leaves a cgroup in which the process has left others behind to the end of the container.
-func (s *session) removeCgroup() error {
+// removeCgroup leaves a cgroup in which the process has left others behind to the end of the container. Where all have
+// been killed it waits for the kernel to be done with them.
+func (s *session) removeCgroup(killed bool) error {
 	if s.cgroup == "" {
 		return nil
 	}
-	// The kernel takes a dead task out of its cgroup a moment after it has told its parent.
+	longest := 100 * time.Millisecond
+	if killed {
+		longest = time.Second
+	}
+	// The kernel takes a dead task out of its cgroup a moment after it has told its parent, later on a busy machine.
 	for pause := 100 * time.Microsecond; ; pause *= 2 {
 		err := os.Remove(s.cgroup)
 		if err == nil || errors.Is(err, os.ErrNotExist) {
@@ -124,10 +129,11 @@ func (s *session) removeCgroup() error {
 		if !errors.Is(err, unix.EBUSY) {
 			return fmt.Errorf("remove cgroup of exec: %w", err)
 		}
-		if live, err := os.ReadFile(filepath.Join(s.cgroup, "cgroup.procs")); err == nil && len(live) > 0 && pause > time.Millisecond {
+		live, rerr := os.ReadFile(filepath.Join(s.cgroup, "cgroup.procs"))
+		if !killed && rerr == nil && len(live) > 0 && pause > time.Millisecond {
 			return nil
 		}
-		if pause > 100*time.Millisecond {
+		if pause > longest {
 			return fmt.Errorf("remove cgroup of exec: %w", err)
 		}
 		time.Sleep(pause)
@@ -147,7 +153,7 @@ func (s *session) watch() {
 	})
 	s.leader.close()
 	close(s.exited)
-	if err := s.removeCgroup(); err != nil {
+	if err := s.removeCgroup(false); err != nil {
 		s.keeper.log.Error("tidy up after exec", "pid", s.leader.pid, "error", err)
 	}
 }
@@ -166,7 +172,7 @@ func (s *session) kill() error {
 		return fmt.Errorf("end exec: %w", err)
 	}
 	<-s.exited
-	return s.removeCgroup()
+	return s.removeCgroup(true)
 }
 
 // members lists the processes of the exec: itself, its kernel session, and all descendants of these. The session is

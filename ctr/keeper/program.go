@@ -53,6 +53,9 @@ func newProgram(k *Keeper, id string, req *wire.Create) (_ *program, err error) 
 	if linux := *req.Spec.Linux; linux.CgroupsPath != "" {
 		// A relative path lies wherever the runtime sees fit; the keeper's lie below the root of the node's tree.
 		linux.CgroupsPath = filepath.Join("/", linux.CgroupsPath)
+		if p.member != nil {
+			linux.CgroupsPath = "" // its processes are in the sandbox's cgroup
+		}
 		spec.Linux = &linux
 	}
 	if err := p.write("config.json", spec); err != nil {
