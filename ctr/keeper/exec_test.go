@@ -140,7 +140,9 @@ func TestExecHasATerminalThatResizes(t *testing.T) {
 	n := newNode(t)
 	ctx := context.Background()
 	n.idle("c1")
-	p := process("/bin/sh", "-c", "stty size; tty; read line; stty size; echo got $line; exit 5")
+	// crun sets the size while the process may run already.
+	p := process("/bin/sh", "-c", `i=0; while [ "$(stty size)" = "0 0" ] && [ $i -lt 500 ]; do i=$((i+1)); sleep 0.01; done
+		stty size; tty; read line; stty size; echo got $line; exit 5`)
 	p.ConsoleSize = &specs.Box{Width: 80, Height: 24}
 	s, err := n.Exec(ctx, ctr.ExecRequest{ContainerID: "c1", Process: p, TTY: true})
 	if err != nil {
