@@ -20,9 +20,10 @@ type Config struct {
 	Version    string // of the program, semver
 	StreamAddr string // host:port of the streaming server; port 0 takes a free one
 	Host       ctr.Host
-	Policy     string            // what happens to limits that cannot be applied; shown in Status
-	Conditions []Condition       // what the host lacks, shown in Status
-	SysInfo    map[string]string // shown in Status when verbose
+	Handlers   map[string]Handler // runtime handlers beside the default one, by name
+	Policy     string             // what happens to limits that cannot be applied; shown in Status
+	Conditions []Condition        // what the host lacks, shown in Status
+	SysInfo    map[string]string  // shown in Status when verbose
 	Log        *slog.Logger
 }
 

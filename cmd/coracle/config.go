@@ -31,6 +31,7 @@ type config struct {
 	CopyUp     []string                         `json:"copyUp"`
 	CDIDirs    []string                         `json:"cdiSpecDirs"`
 	Registries map[string]images.RegistryConfig `json:"registries"`
+	Handlers   map[string]handlerConfig         `json:"handlers"`
 }
 
 type logConfig struct {
@@ -224,7 +225,7 @@ func (s *settings) resolve(flags *pflag.FlagSet) (config, error) {
 			return c, fmt.Errorf("cdiSpecDirs[%d]: %q: give an absolute directory", i, dir)
 		}
 	}
-	return c, nil
+	return c, validateHandlers(c.Handlers)
 }
 
 // readFile reads the file over c. A file that was named must exist; unknown keys are refused, so that a
@@ -274,6 +275,12 @@ func (c *config) anchor(file string) error {
 		registry.CAFile = from(registry.CAFile)
 		c.Registries[host] = registry
 	}
+	for name, handler := range c.Handlers {
+		if strings.Contains(handler.Path, "/") { // else it is looked up in PATH
+			handler.Path = from(handler.Path)
+		}
+		c.Handlers[name] = handler
+	}
 	return nil
 }
 
@@ -317,7 +324,7 @@ func configCommand() *cobra.Command {
 			fmt.Fprintf(out, "copyUp\n    directories that the node may write without the host seeing it; file only, default %s\n", strings.Join(defaults().CopyUp, ", "))
 			fmt.Fprintf(out, "cdiSpecDirs\n    directories of CDI specifications, read when a container asks for a CDI device; of two that describe a device the later counts; "+
 				"file only, default %s\n", strings.Join(defaults().CDIDirs, ", "))
-			fmt.Fprint(out, registriesHelp)
+			fmt.Fprint(out, registriesHelp, handlersHelp)
 		},
 	}
 }

@@ -1,10 +1,13 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -24,13 +27,13 @@ func doctorCommand(s *settings) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return runDoctor(c, cmd.OutOrStdout())
+			return runDoctor(cmd.Context(), c, cmd.OutOrStdout())
 		},
 	}
 }
 
 // runDoctor prints a line a check; its error says how many forbid a node.
-func runDoctor(c config, out io.Writer) error {
+func runDoctor(ctx context.Context, c config, out io.Writer) error {
 	bad := 0
 	report := func(what string, err error) {
 		var p *rootless.Problem
@@ -62,6 +65,10 @@ func runDoctor(c config, out io.Writer) error {
 	}
 	_, err = keeperPath()
 	report("coracle-keeper", err)
+	for _, name := range slices.Sorted(maps.Keys(c.Handlers)) {
+		path, facts, err := askHandler(ctx, c.Handlers[name])
+		report(fmt.Sprintf("runtime handler %s: %s, %s", name, path, facts.Version), err)
+	}
 	delegation, err := cgroupv2.Find()
 	switch {
 	case err != nil:

@@ -64,6 +64,7 @@ func preflight(c config) error {
 	if _, err := keeperPath(); err != nil {
 		all = append(all, err)
 	}
+	all = append(all, checkHandlers(c.Handlers))
 	return errors.Join(all...)
 }
 
