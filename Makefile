@@ -23,6 +23,13 @@ FUZZED  := ./pod ./images
 COVERED  = $(shell $(GO) list ./... | grep -v -x 'github.com/coracle-cri/coracle/e2e')
 CACHE   := .cache
 CRICTL  := $(CACHE)/bin/crictl
+# critest, what it runs specs in parallel with, and what its images are made of; and where it leaves its report
+CRITEST := $(CACHE)/bin/critest
+GINKGO  := $(CACHE)/bin/ginkgo
+GUEST   := $(CACHE)/bin/guest
+REPORT  := $(CACHE)/critest/report
+# RACE=1 runs critest on programs with Go's race detector: make critest RACE=1
+RACE    ?=
 LINTER  := $(CACHE)/bin/golangci-lint-2.15.0
 LDFLAGS := -X main.version=$(VERSION)
 
@@ -32,7 +39,8 @@ export GOFLAGS  := -buildvcs=false
 MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
-.PHONY: help build install demo demo-here test test-here test-unit lint e2e e2e-vm e2e-vm-here fuzz fuzz-here bench bench-here fmt clean
+.PHONY: help build build-race install demo demo-here test test-here test-unit lint e2e e2e-vm e2e-vm-here critest critest-here fuzz fuzz-here \
+	bench bench-here fmt clean
 
 help: ## list the targets
 	@echo "coracle $(VERSION), a rootless CRI runtime"
@@ -59,8 +67,9 @@ test: ## install what is missing, then run every test as an ordinary user
 	@scripts/setup.sh --test
 	@scripts/as-user.sh make test-here
 
-# Every test, as the calling user, on a machine that is set up.
-test-here: build test-unit e2e
+# Every test, as the calling user, on a machine that is set up: what is missing there is a failure, and nothing is skipped.
+test-here: export CORACLE_TEST_WHOLE := 1
+test-here: build test-unit e2e critest-here
 
 test-unit: ## unit and kernel tests, as the calling user (not root)
 	@mkdir -p $(GOTMPDIR)
@@ -88,6 +97,24 @@ e2e-vm-here: build $(CRICTL)
 			--env CORACLE_E2E=/payload/bin --env CORACLE_E2E_CRICTL=/payload/crictl --env CORACLE_E2E_VM=$$mode \
 			-- /payload/e2e.test -test.v -test.timeout 40m -test.run '$(if $(filter .,$(RUN)),$(VMTESTS),$(RUN))' || exit 1; \
 	done
+
+critest: ## critest 1.36 against a node, as an ordinary user; RACE=1 for the race detector
+	@scripts/setup.sh --demo
+	@scripts/as-user.sh make critest-here RACE=$(RACE)
+
+# The last lines are the summary's, whatever else the test has to say.
+critest-here: $(if $(RACE),build-race,build) $(CRICTL) $(CRITEST) $(GINKGO) $(GUEST)
+	@rm -rf $(REPORT) && mkdir -p $(REPORT)
+	@CORACLE_E2E=$(CURDIR)/$(if $(RACE),$(CACHE)/race,bin) CORACLE_E2E_CRICTL=$(CURDIR)/$(CRICTL) CORACLE_E2E_CRITEST_RACE=$(RACE) \
+		CORACLE_E2E_CRITEST=$(CURDIR)/$(dir $(CRITEST)) CORACLE_E2E_CRITEST_REPORT=$(CURDIR)/$(REPORT) \
+		$(GO) test -v -count=1 -timeout 60m -run '^TestCritest$$' ./e2e; \
+		code=$$?; cat $(REPORT)/summary || code=1; exit $$code
+
+# Both programs with Go's race detector.
+build-race: build
+	@mkdir -p $(CACHE)/race
+	@CGO_ENABLED=1 $(GO) build -race -trimpath -tags "$(LEAN)" -ldflags "$(LDFLAGS)" -o $(CACHE)/race/coracle ./cmd/coracle
+	@CGO_ENABLED=1 $(GO) build -race -trimpath -tags "$(KEEPER)" -ldflags "$(LDFLAGS)" -o $(CACHE)/race/coracle-keeper ./cmd/coracle-keeper
 
 fuzz: ## fuzz every target for FUZZTIME each (a minute), as an ordinary user; RUN=FuzzName for some
 	@scripts/setup.sh --demo
@@ -121,6 +148,25 @@ $(CRICTL): e2e/tools/go.mod e2e/tools/go.sum
 	@mkdir -p $(dir $@) $(GOTMPDIR)
 	@echo "building crictl" >&2
 	@cd e2e/tools && $(GO) build -trimpath -ldflags "-X sigs.k8s.io/cri-tools/pkg/version.Version=$$($(GO) list -m -f '{{.Version}}' sigs.k8s.io/cri-tools | sed s/^v//)" -o $(CURDIR)/$@ sigs.k8s.io/cri-tools/cmd/crictl
+
+# critest is built from a copy of its module, in which e2e/repin has changed one digest.
+$(CRITEST): e2e/tools/go.mod e2e/tools/go.sum go.mod e2e/fixture/critest.go e2e/repin/main.go
+	@mkdir -p $(dir $@) $(GOTMPDIR)
+	@echo "building critest" >&2
+	@rm -rf $(CACHE)/critest/build && mkdir -p $(CACHE)/critest/build && cp e2e/tools/go.mod e2e/tools/go.sum $(CACHE)/critest/build/
+	@cd e2e/tools && $(GO) mod download sigs.k8s.io/cri-tools && \
+		cp -r --no-preserve=mode "$$($(GO) list -m -f '{{.Dir}}' sigs.k8s.io/cri-tools)" $(CURDIR)/$(CACHE)/critest/build/cri-tools
+	@$(GO) run ./e2e/repin $(CACHE)/critest/build/cri-tools/pkg/validate/consts.go
+	@$(GO) mod edit -replace sigs.k8s.io/cri-tools=$(CURDIR)/$(CACHE)/critest/build/cri-tools $(CACHE)/critest/build/go.mod
+	@cd e2e/tools && $(GO) test -c -trimpath -modfile $(CURDIR)/$(CACHE)/critest/build/go.mod -ldflags "-X sigs.k8s.io/cri-tools/pkg/version.Version=$$($(GO) list -m -f '{{.Version}}' sigs.k8s.io/cri-tools | sed s/^v//)" -o $(CURDIR)/$@ sigs.k8s.io/cri-tools/cmd/critest
+
+$(GINKGO): e2e/tools/go.mod e2e/tools/go.sum
+	@mkdir -p $(dir $@) $(GOTMPDIR)
+	@cd e2e/tools && $(GO) build -trimpath -o $(CURDIR)/$@ github.com/onsi/ginkgo/v2/ginkgo
+
+$(GUEST): go.mod $(wildcard e2e/guest/*.go)
+	@mkdir -p $(dir $@) $(GOTMPDIR)
+	@CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w" -o $@ ./e2e/guest
 
 $(LINTER):
 	@mkdir -p $(dir $@) $(GOTMPDIR)

@@ -178,18 +178,18 @@ func TestPodLifecycle(t *testing.T) {
 		t.Fatalf("made again: %s, %v", again, err)
 	}
 	for _, path := range []string{pod, pod + "/c1"} {
-		s, err := tree.Stats(path)
-		for until := time.Now().Add(5 * time.Second); err == nil && *s.CPUUsageNanos == 0 && time.Now().Before(until); {
+		s, err := tree.Details(path)
+		for until := time.Now().Add(5 * time.Second); err == nil && *s.CPU.Usage == 0 && time.Now().Before(until); {
 			time.Sleep(time.Millisecond) // the kernel adds up by ticks
-			s, err = tree.Stats(path)
+			s, err = tree.Details(path)
 		}
 		if err != nil {
 			t.Fatal(err)
 		}
-		if *s.CPUUsageNanos == 0 {
+		if *s.CPU.Usage == 0 {
 			t.Errorf("%s: no CPU time in %s", path, show(s))
 		}
-		for controller, field := range map[string]*uint64{"memory": s.WorkingSet, "pids": s.Pids} {
+		for controller, field := range map[string]*uint64{"memory": s.Memory.WorkingSet, "pids": s.Tasks} {
 			if has := slices.Contains(tree.Controllers(), controller); has != (field != nil) {
 				t.Errorf("%s: controller %s in force: %v, counted: %v", path, controller, has, field != nil)
 			}
@@ -319,12 +319,12 @@ func TestStatsOfMemory(t *testing.T) {
 	if !killed(cmd) {
 		t.Fatal("the process outlived its limit")
 	}
-	s, err := tree.Stats(pod + "/c1")
+	s, err := tree.Details(pod + "/c1")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if s.OOMKills == nil || *s.OOMKills != 1 || s.MemoryLimit == nil || *s.MemoryLimit != limit ||
-		s.MemoryUsage == nil || s.RSS == nil || s.PageFaults == nil || s.MemoryPressure == nil {
+	if m := s.Memory; m.OOMKills == nil || *m.OOMKills != 1 || m.LimitHits == nil || *m.LimitHits == 0 || m.Limit == nil || *m.Limit != limit ||
+		m.Usage == nil || m.RSS == nil || m.Cache == nil || m.Faults == nil || s.MemoryPressure == nil {
 		t.Errorf("after the kill: %s", show(s))
 	}
 }
@@ -355,8 +355,37 @@ func TestKillByPids(t *testing.T) {
 	}
 }
 
-// BenchmarkStats is one pass over 50 containers.
-func BenchmarkStats(b *testing.B) {
+// TestProcessesOfNestedCgroups: a container may make cgroups of its own, and its processes live there.
+func TestProcessesOfNestedCgroups(t *testing.T) {
+	_, tree := enter(t)
+	pod, cmd := container(t, tree, "", "g")
+	inner := tree.mount.join(pod).join("c1/inner/innermost")
+	if err := os.MkdirAll(string(inner), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	second := role("sleeper")
+	if err := start(second, inner); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{pod, pod + "/c1"} {
+		pids, err := tree.Processes(path)
+		if slices.Sort(pids); err != nil || !slices.Equal(pids, []int{cmd.Process.Pid, second.Process.Pid}) {
+			t.Errorf("%s has processes %v, %v, want %d and %d", path, pids, err, cmd.Process.Pid, second.Process.Pid)
+		}
+	}
+	if err := tree.RemovePod(pod); err != nil {
+		t.Fatal(err)
+	}
+	if !killed(cmd) || !killed(second) {
+		t.Error("a process outlived its pod")
+	}
+	if pids, err := tree.Processes(pod); !errors.Is(err, ErrNotFound) {
+		t.Errorf("a removed pod has processes %v, %v", pids, err)
+	}
+}
+
+// benchTree is a node's tree with 50 pods of one container each, which sleeps.
+func benchTree(b *testing.B) (*Tree, []string) {
 	d, err := Find()
 	if err != nil {
 		b.Fatal(err)
@@ -384,20 +413,49 @@ func BenchmarkStats(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	var pods []string
+	var containers []string
 	for i := range 50 {
 		pod, err := tree.MakePod("", fmt.Sprint(i))
 		if err != nil {
 			b.Fatal(err)
 		}
-		pods = append(pods, pod)
-	}
-	b.ReportAllocs()
-	for b.Loop() {
-		for _, pod := range pods {
-			if _, err := tree.Stats(pod); err != nil {
-				b.Fatal(err)
-			}
+		leaf := tree.mount.join(pod).join("c1")
+		if _, err := leaf.mkdir(); err != nil {
+			b.Fatal(err)
 		}
+		cmd := exec.Command("sleep", "1000")
+		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+		if err := start(cmd, leaf); err != nil {
+			b.Fatal(err)
+		}
+		b.Cleanup(func() {
+			if err := tree.RemovePod(pod); err != nil {
+				b.Error(err)
+			}
+			_ = cmd.Wait() // killed
+		})
+		containers = append(containers, pod+"/c1")
+	}
+	return tree, containers
+}
+
+// BenchmarkStats is one pass over 50 containers.
+func BenchmarkStats(b *testing.B) {
+	tree, containers := benchTree(b)
+	for name, read := range map[string]func(string) error{
+		"stats":     func(c string) error { _, err := tree.Stats(c); return err },
+		"details":   func(c string) error { _, err := tree.Details(c); return err },
+		"processes": func(c string) error { _, err := tree.Processes(c); return err },
+	} {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				for _, c := range containers {
+					if err := read(c); err != nil {
+						b.Fatal(err)
+					}
+				}
+			}
+		})
 	}
 }

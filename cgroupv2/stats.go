@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
-	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -13,20 +12,51 @@ import (
 // Stats is what the kernel counted for a cgroup and all below it. A field is nil where nobody counts: the
 // controller is not enabled, or the kernel was built or started without it. It is never zero for that reason.
 type Stats struct {
-	CPUUsageNanos *uint64 // CPU time, ns; counted without any controller
-
-	MemoryUsage     *uint64 // bytes, page cache included
-	MemoryLimit     *uint64 // bytes; nil also where the cgroup itself has no limit
-	WorkingSet      *uint64 // bytes: usage less the inactive page cache, as cAdvisor and the kubelet reckon
-	RSS             *uint64 // bytes of anonymous memory
-	PageFaults      *uint64 // all of them, minor and major
-	MajorPageFaults *uint64
-	SwapUsage       *uint64 // bytes
-	OOMKills        *uint64 // processes of the cgroup, or below, killed for want of memory
-
-	Pids *uint64 // tasks: threads count, too
+	CPU    CPU
+	Memory Memory
 
 	CPUPressure, MemoryPressure, IOPressure *Pressure
+
+	// By Details only:
+	IO              []DeviceIO // nil also where the cgroup has done no input or output yet
+	Tasks, TasksMax *uint64    // threads; TasksMax nil also where there is no limit
+}
+
+// CPU is time in nanoseconds. The first three are counted without any controller; periods are those of the cgroup's
+// own quota, of which one in which it was used up is throttled.
+type CPU struct {
+	Usage, User, System *uint64
+	Periods, Throttled  *uint64
+	ThrottledTime       *uint64
+}
+
+// Memory is bytes, but for the faults and events.
+type Memory struct {
+	Usage      *uint64 // page cache included
+	Limit      *uint64 // nil also where the cgroup itself has no limit
+	WorkingSet *uint64 // usage less the inactive page cache, as cAdvisor and the kubelet reckon
+	RSS        *uint64 // anonymous memory
+	Swap       *uint64
+	SwapLimit  *uint64 // nil also where the cgroup itself has no limit
+
+	Faults, MajorFaults *uint64 // all faults, and those of them that waited for a disk
+
+	Cache, MappedFile        *uint64 // page cache, and the part of it that is mapped; both with tmpfs
+	ActiveFile, InactiveFile *uint64
+	Kernel                   *uint64 // Linux 5.18
+
+	// By Details only:
+	Min       *uint64 // what is kept from reclaim
+	Peak      *uint64 // the most that Usage ever was; Linux 5.19
+	LimitHits *uint64 // how often the limit was about to be exceeded
+	OOMKills  *uint64 // processes of the cgroup, or below, killed for want of memory
+}
+
+// DeviceIO is what went between the cgroup and one block device.
+type DeviceIO struct {
+	Major, Minor                        uint32
+	ReadBytes, WriteBytes, DiscardBytes uint64
+	Reads, Writes                       uint64 // operations
 }
 
 // Pressure is a pressure stall record (PSI): the time in which some or all tasks waited.
@@ -40,33 +70,105 @@ type PressureLine struct {
 	TotalNanos           uint64
 }
 
-// Stats reads the cgroup in one pass. ErrNotFound where it does not exist.
-func (t *Tree) Stats(pod string) (Stats, error) {
-	if !t.Usable() {
-		return Stats{}, fmt.Errorf("read cgroup stats: %w: %s", ErrNotUsable, t.reason)
-	}
-	full, err := cleanPath(pod, pod)
+// Stats reads in one pass what is asked for often: CPU time, memory and pressure. ErrNotFound where the cgroup does
+// not exist.
+func (t *Tree) Stats(path string) (Stats, error) { return t.stats(path, false) }
+
+// Details reads all there is, which is about twice as many files.
+func (t *Tree) Details(path string) (Stats, error) { return t.stats(path, true) }
+
+func (t *Tree) stats(path string, details bool) (Stats, error) {
+	full, err := t.inside(path)
 	if err != nil {
 		return Stats{}, fmt.Errorf("read cgroup stats: %w", err)
 	}
-	s, err := t.mount.join(full).stats()
+	s, err := t.read(t.mount.join(full), details)
 	if err != nil {
 		return Stats{}, fmt.Errorf("read stats of cgroup %s: %w", full, err)
 	}
 	return s, nil
 }
 
-// buffers hold the text of one file; the largest, memory.stat, is under 3 KiB.
-var buffers = sync.Pool{New: func() any { b := make([]byte, 16<<10); return &b }}
-
-// reader reads the files of one cgroup through its directory's descriptor, into one buffer.
-type reader struct {
-	dir int
-	buf []byte
-	err error // the first that is not "nobody counts this"
+// inside checks a path of a caller.
+func (t *Tree) inside(path string) (string, error) {
+	if !t.Usable() {
+		return "", fmt.Errorf("%w: %s", ErrNotUsable, t.reason)
+	}
+	return cleanPath(path, path)
 }
 
-func (g group) stats() (Stats, error) {
+// Processes lists the processes of a cgroup and of those below it, as this process's pid namespace numbers them.
+// Zombies are not among them. ErrNotFound where the cgroup does not exist.
+func (t *Tree) Processes(path string) ([]int, error) {
+	full, err := t.inside(path)
+	if err != nil {
+		return nil, fmt.Errorf("list processes: %w", err)
+	}
+	buf := buffers.Get().(*[]byte)
+	defer buffers.Put(buf)
+	pids, err := t.mount.join(full).allProcs(nil, *buf)
+	if gone(err) {
+		err = ErrNotFound
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list processes of cgroup %s: %w", full, err)
+	}
+	return pids, nil
+}
+
+// allProcs appends the processes of the cgroup and of those below it. It is called for every container at every look, so
+// it does without os.File, which would ask the poller about each cgroup file.
+func (g group) allProcs(pids []int, buf []byte) ([]int, error) {
+	dir, err := unix.Open(string(g), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(dir)
+	r := &reader{dir: dir, buf: buf}
+	own, err := r.slurp(procsFile)
+	if errors.Is(err, unix.EFBIG) {
+		var text string // some 2,000 processes and more
+		text, err = g.read(procsFile)
+		own = []byte(text)
+	}
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		err = nil // a threaded cgroup: the kernel lists its processes in the domain above
+	}
+	if err != nil {
+		return nil, err
+	}
+	for word := range bytes.FieldsSeq(own) {
+		pid, err := strconv.Atoi(string(word))
+		if err != nil {
+			return nil, fmt.Errorf("parse %s: %w", procsFile, err)
+		}
+		pids = append(pids, pid)
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(dir, &st); err != nil {
+		return nil, err
+	}
+	if st.Nlink <= 2 {
+		return pids, nil // itself and its name: no cgroup below, as with most containers, and no directory to read
+	}
+	below, err := g.children()
+	if err != nil {
+		return nil, err
+	}
+	for _, child := range below {
+		more, err := child.allProcs(pids, buf)
+		if gone(err) {
+			continue // removed meanwhile
+		}
+		if err != nil {
+			return nil, err
+		}
+		pids = more
+	}
+	return pids, nil
+}
+
+func (t *Tree) read(g group, details bool) (Stats, error) {
 	dir, err := unix.Open(string(g), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if gone(err) {
 		return Stats{}, ErrNotFound
@@ -77,173 +179,88 @@ func (g group) stats() (Stats, error) {
 	defer unix.Close(dir)
 	buf := buffers.Get().(*[]byte)
 	defer buffers.Put(buf)
-	r := &reader{dir: dir, buf: *buf}
+	r := &reader{dir: dir, files: t.files, buf: *buf}
 
 	var s Stats
-	r.cpu(&s)
-	if s.CPUUsageNanos == nil && r.err == nil {
+	r.cpu(&s.CPU)
+	if s.CPU.Usage == nil && r.err == nil {
 		return Stats{}, ErrNotFound // every cgroup has cpu.stat: it was removed meanwhile
 	}
-	r.memory(&s)
-	s.Pids = r.number("pids.current")
+	r.memory(&s.Memory)
 	s.CPUPressure = r.pressure("cpu.pressure")
 	s.MemoryPressure = r.pressure("memory.pressure")
 	s.IOPressure = r.pressure("io.pressure")
+	if details {
+		r.details(&s)
+	}
 	return s, r.err
 }
 
-func (r *reader) cpu(s *Stats) {
+func (r *reader) cpu(c *CPU) {
 	r.table("cpu.stat", func(key, value []byte) {
-		if string(key) == "usage_usec" {
-			s.CPUUsageNanos = r.parse(value, 1000)
+		switch string(key) {
+		case "usage_usec":
+			c.Usage = r.parse(value, 1000)
+		case "user_usec":
+			c.User = r.parse(value, 1000)
+		case "system_usec":
+			c.System = r.parse(value, 1000)
+		case "nr_periods":
+			c.Periods = r.parse(value, 1)
+		case "nr_throttled":
+			c.Throttled = r.parse(value, 1)
+		case "throttled_usec":
+			c.ThrottledTime = r.parse(value, 1000)
 		}
 	})
 }
 
-func (r *reader) memory(s *Stats) {
-	s.MemoryUsage = r.number("memory.current")
-	if s.MemoryUsage == nil {
-		return // no memory controller: five opens saved
+func (r *reader) memory(m *Memory) {
+	if m.Usage = r.number("memory.current"); m.Usage == nil {
+		return // no memory controller
 	}
-	s.MemoryLimit = r.number("memory.max")
-	s.SwapUsage = r.number("memory.swap.current")
+	m.Limit = r.number("memory.max")
+	m.Swap, m.SwapLimit = r.number("memory.swap.current"), r.number("memory.swap.max")
 	r.table("memory.stat", func(key, value []byte) {
 		switch string(key) {
 		case "anon":
-			s.RSS = r.parse(value, 1)
-		case "pgfault":
-			s.PageFaults = r.parse(value, 1)
-		case "pgmajfault":
-			s.MajorPageFaults = r.parse(value, 1)
+			m.RSS = r.parse(value, 1)
+		case "file":
+			m.Cache = r.parse(value, 1)
+		case "file_mapped":
+			m.MappedFile = r.parse(value, 1)
+		case "kernel":
+			m.Kernel = r.parse(value, 1)
+		case "active_file":
+			m.ActiveFile = r.parse(value, 1)
 		case "inactive_file":
-			if inactive := r.parse(value, 1); inactive != nil {
-				set := *s.MemoryUsage - min(*inactive, *s.MemoryUsage)
-				s.WorkingSet = &set
-			}
+			m.InactiveFile = r.parse(value, 1)
+		case "pgfault":
+			m.Faults = r.parse(value, 1)
+		case "pgmajfault":
+			m.MajorFaults = r.parse(value, 1)
 		}
 	})
+	if m.InactiveFile != nil {
+		set := *m.Usage - min(*m.InactiveFile, *m.Usage)
+		m.WorkingSet = &set
+	}
+}
+
+func (r *reader) details(s *Stats) {
+	s.Memory.Min, s.Memory.Peak = r.number("memory.min"), r.number("memory.peak")
 	r.table("memory.events", func(key, value []byte) {
-		if string(key) == "oom_kill" {
-			s.OOMKills = r.parse(value, 1)
+		switch string(key) {
+		case "max":
+			s.Memory.LimitHits = r.parse(value, 1)
+		case "oom_kill":
+			s.Memory.OOMKills = r.parse(value, 1)
 		}
 	})
-}
-
-// file returns the text of a file, valid until the next one is read; nil where nobody counts it.
-func (r *reader) file(name string) []byte {
-	if r.err != nil {
-		return nil
-	}
-	text, err := r.slurp(name)
-	switch {
-	case err == nil:
-		return text
-	case gone(err), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EINVAL):
-		// No such controller, or PSI switched off (EOPNOTSUPP); EINVAL from a threaded cgroup's domain files.
-		return nil
-	}
-	r.err = fmt.Errorf("read %s: %w", name, err)
-	return nil
-}
-
-func (r *reader) slurp(name string) ([]byte, error) {
-	fd, err := retry(func() (int, error) { return unix.Openat(r.dir, name, unix.O_RDONLY|unix.O_CLOEXEC, 0) })
-	if err != nil {
-		return nil, err
-	}
-	defer unix.Close(fd)
-	for n := 0; ; {
-		if n == len(r.buf) {
-			return nil, unix.EFBIG
-		}
-		got, err := retry(func() (int, error) { return unix.Read(fd, r.buf[n:]) })
-		if err != nil {
-			return nil, err
-		}
-		if got == 0 {
-			return bytes.TrimSpace(r.buf[:n]), nil
-		}
-		n += got
-	}
-}
-
-// retry repeats a call that Go's preemption signal cut short.
-func retry(call func() (int, error)) (int, error) {
-	for {
-		n, err := call()
-		if !errors.Is(err, unix.EINTR) {
-			return n, err
-		}
-	}
-}
-
-// number reads a file of one number; nil for "max".
-func (r *reader) number(name string) *uint64 {
-	text := r.file(name)
-	if len(text) == 0 || string(text) == "max" {
-		return nil
-	}
-	return r.parse(text, 1)
-}
-
-// table reads a file of lines "key value".
-func (r *reader) table(name string, each func(key, value []byte)) {
-	for line := range bytes.Lines(r.file(name)) {
-		if key, value, ok := bytes.Cut(bytes.TrimSpace(line), []byte(" ")); ok {
-			each(key, value)
-		}
-	}
-}
-
-func (r *reader) parse(text []byte, factor uint64) *uint64 {
-	n, err := strconv.ParseUint(string(text), 10, 64)
-	if err != nil {
-		r.err = errors.Join(r.err, fmt.Errorf("parse cgroup file: %w", err))
-		return nil
-	}
-	n *= factor
-	return &n
-}
-
-// pressure reads lines like "some avg10=0.00 avg60=0.12 avg300=0.05 total=1234", the total in microseconds.
-func (r *reader) pressure(name string) *Pressure {
-	var p *Pressure
-	r.table(name, func(key, value []byte) {
-		if p == nil {
-			p = &Pressure{}
-		}
-		switch string(key) {
-		case "some":
-			p.Some = r.pressureLine(value)
-		case "full":
-			p.Full = r.pressureLine(value)
+	s.Tasks, s.TasksMax = r.number("pids.current"), r.number("pids.max")
+	r.table("io.stat", func(device, counts []byte) {
+		if d, ok := r.device(device, counts); ok {
+			s.IO = append(s.IO, d)
 		}
 	})
-	return p
-}
-
-func (r *reader) pressureLine(text []byte) PressureLine {
-	var l PressureLine
-	for field := range bytes.FieldsSeq(text) {
-		key, value, _ := bytes.Cut(field, []byte("="))
-		if string(key) == "total" {
-			if n := r.parse(value, 1000); n != nil {
-				l.TotalNanos = *n
-			}
-			continue
-		}
-		avg, err := strconv.ParseFloat(string(value), 64)
-		if err != nil {
-			r.err = errors.Join(r.err, fmt.Errorf("parse cgroup file: %w", err))
-		}
-		switch string(key) {
-		case "avg10":
-			l.Avg10 = avg
-		case "avg60":
-			l.Avg60 = avg
-		case "avg300":
-			l.Avg300 = avg
-		}
-	}
-	return l
 }

@@ -2,6 +2,7 @@ package cgroupv2
 
 import (
 	"fmt"
+	"os"
 	"path"
 	"path/filepath"
 	"slices"
@@ -23,6 +24,7 @@ type Tree struct {
 	usable      bool
 	reason      string // why it is not usable, or why a controller is missing
 	controllers []string
+	files       map[string]bool // what a pod's cgroup has, so that nobody looks for the rest; nil: not known
 }
 
 // Open looks at the tree mounted on mount and enables every controller that it has for the pods. Without a
@@ -68,6 +70,14 @@ func (t *Tree) claim() error {
 		if t.controllers, err = g.inForce(); err != nil {
 			return err
 		}
+	}
+	entries, err := os.ReadDir(string(pods))
+	if err != nil {
+		return fmt.Errorf("list cgroup files: %w", err)
+	}
+	t.files = make(map[string]bool, len(entries))
+	for _, e := range entries {
+		t.files[e.Name()] = true
 	}
 	t.usable = true
 	return nil

@@ -12,7 +12,8 @@
 //
 // What the kernel refuses to a user namespace is found here, before anything runs. A request that cannot be
 // honoured is an error that says so; only limits (cgroup controllers that are not delegated, device permissions,
-// supplementary groups) follow the node's policy: "best-effort" returns a sentence for each, "strict" refuses.
+// supplementary groups, environment values that are no text) follow the node's policy: "best-effort" returns a sentence
+// for each, "strict" refuses.
 // Isolation is never weakened in silence.
 //
 // State is owned by the keeper. Nothing here holds a lock.

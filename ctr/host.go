@@ -27,6 +27,7 @@ type Host struct {
 	SysReadonly     bool             // the node's /sys is mounted read-only
 	IDs             IDMap            // user and group ids that exist in the node's user namespace
 	FS              NodeFS           // the node's files
+	CDISpecDirs     []string         // directories of CDI specifications, the later outranking the earlier
 	Strict          bool             // policy: refuse what cannot be enforced
 }
 
@@ -80,6 +81,7 @@ type HostOptions struct {
 	CgroupUsable bool     // see Host
 	Controllers  []string // see Host
 	Strict       bool     // see Host
+	CDISpecDirs  []string // see Host
 }
 
 // GatherHost reads the facts of the node from inside its user namespace.
@@ -88,6 +90,7 @@ func GatherHost(o HostOptions) (Host, error) {
 		Controllers:  map[string]bool{},
 		CgroupUsable: o.CgroupUsable,
 		Strict:       o.Strict,
+		CDISpecDirs:  o.CDISpecDirs,
 		FS:           nodeFS{},
 		Seccomp:      seccompAvailable(),
 		AppArmor:     appArmorEnabled(),

@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+	cdispecs "tags.cncf.io/container-device-interface/specs-go"
 )
 
 // NodeFS answers what BuildSpec asks about the node's files. No method blocks on anything but the filesystem;
@@ -24,6 +25,9 @@ type NodeFS interface {
 	Devices(dir string) ([]string, error)
 	// ReadFile returns the content of a regular file.
 	ReadFile(path string) ([]byte, error)
+	// CDIEdits returns what the CDI specifications in dirs ask for devices, of which there is at least one. Of two
+	// directories that describe a device the later counts. ErrInvalid for a device that none does.
+	CDIEdits(dirs, devices []string) (*cdispecs.ContainerEdits, error)
 }
 
 // Source is a file or directory of the node that a container may mount.

@@ -96,12 +96,16 @@ func PauseSpec(req PauseRequest) (*specs.Spec, error) {
 	if err != nil {
 		return nil, err
 	}
+	profile, err := appArmor(req.Pod.GetLinux().GetSecurityContext().GetApparmor(), "", req.Host)
+	if err != nil {
+		return nil, err
+	}
 	spec := &specs.Spec{
 		Version: specs.Version,
 		Root:    root,
 		Process: &specs.Process{
 			User: u, Args: []string{"/" + pauseLayout.program}, Env: []string{"PATH=/"}, Cwd: "/",
-			Capabilities: &specs.LinuxCapabilities{}, NoNewPrivileges: true,
+			Capabilities: &specs.LinuxCapabilities{}, NoNewPrivileges: true, ApparmorProfile: profile,
 		},
 		Mounts: []specs.Mount{
 			{Destination: "/proc", Type: "proc", Source: "proc", Options: []string{"nosuid", "noexec", "nodev", "ro"}},
@@ -114,6 +118,28 @@ func PauseSpec(req PauseRequest) (*specs.Spec, error) {
 		spec.Linux.Namespaces = append(spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.CgroupNamespace})
 	}
 	return spec, nil
+}
+
+// CheckSandbox refuses what no sandbox can have here, whether or not a process of its own runs in it. The security
+// context of a sandbox "does not apply to containers in the pods" (CRI); where it asks for a confinement that this
+// node cannot give, they would be refused one after another.
+func CheckSandbox(sc *runtimeapi.LinuxSandboxSecurityContext, host Host) error {
+	if p := sc.GetSupplementalGroupsPolicy(); runtimeapi.SupplementalGroupsPolicy_name[int32(p)] == "" {
+		return invalid("sandbox: supplemental_groups_policy %d is unknown", p)
+	}
+	if s := sc.GetSeccomp(); runtimeapi.SecurityProfile_ProfileType_name[int32(s.GetProfileType())] == "" {
+		return invalid("sandbox: seccomp profile type %d is unknown", s.GetProfileType())
+	}
+	if sc.GetPrivileged() {
+		return nil // "AppArmor confinement is not applied", "SELinux restrictions are not applied" (CRI)
+	}
+	if err := checkSELinux(sc.GetSelinuxOptions()); err != nil {
+		return fmt.Errorf("sandbox: %w", err)
+	}
+	if _, err := appArmor(sc.GetApparmor(), "", host); err != nil {
+		return fmt.Errorf("sandbox: %w", err)
+	}
+	return nil
 }
 
 // pauseUser: "UID to run sandbox processes as, when applicable"; "run_as_group should only be specified when

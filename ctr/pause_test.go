@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"testing"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -137,5 +138,45 @@ func TestPauseSpec(t *testing.T) {
 	single.Host.CgroupUsable = true
 	if spec, err = PauseSpec(single); err != nil || spec.Process.User.UID != 0 || spec.Linux.CgroupsPath != "/pods/p/pause" {
 		t.Errorf("single id: %+v, %v", spec, err)
+	}
+}
+
+func TestCheckSandbox(t *testing.T) {
+	type sc = runtimeapi.LinuxSandboxSecurityContext
+	profile := func(kind runtimeapi.SecurityProfile_ProfileType, ref string) *runtimeapi.SecurityProfile {
+		return &runtimeapi.SecurityProfile{ProfileType: kind, LocalhostRef: ref}
+	}
+	labelled := &runtimeapi.SELinuxOption{Level: "s0:c1,c2"}
+	local := profile(runtimeapi.SecurityProfile_Localhost, "mine")
+	for _, c := range []struct {
+		name     string
+		sc       *sc
+		appArmor bool
+		want     error
+	}{
+		{"nothing", nil, false, nil},
+		{"the kubelet's", &sc{Seccomp: profile(runtimeapi.SecurityProfile_RuntimeDefault, ""), SupplementalGroups: []int64{1}}, false, nil},
+		{"policy Strict", &sc{SupplementalGroupsPolicy: runtimeapi.SupplementalGroupsPolicy_Strict}, false, nil},
+		{"policy unknown", &sc{SupplementalGroupsPolicy: 7}, false, ErrInvalid},
+		{"seccomp unknown", &sc{Seccomp: profile(7, "")}, false, ErrInvalid},
+		{"SELinux", &sc{SelinuxOptions: labelled}, false, ErrUnsupported},
+		{"SELinux, privileged", &sc{SelinuxOptions: labelled, Privileged: true}, false, nil},
+		{"AppArmor that is not on", &sc{Apparmor: local}, false, ErrUnsupported},
+		{"AppArmor Unconfined", &sc{Apparmor: profile(runtimeapi.SecurityProfile_Unconfined, "")}, false, nil},
+		{"AppArmor that is on", &sc{Apparmor: local}, true, nil},
+		{"AppArmor, its default", &sc{Apparmor: profile(runtimeapi.SecurityProfile_RuntimeDefault, "")}, true, ErrUnsupported},
+		{"AppArmor, no name", &sc{Apparmor: profile(runtimeapi.SecurityProfile_Localhost, "")}, true, ErrInvalid},
+	} {
+		if err := CheckSandbox(c.sc, Host{AppArmor: c.appArmor}); !errors.Is(err, c.want) || err != nil && !strings.Contains(err.Error(), "sandbox") {
+			t.Errorf("%s: %v, want %v", c.name, err, c.want)
+		}
+	}
+	req := PauseRequest{
+		Rootfs: testRootfs, Namespaces: Namespaces{Net: "/n", IPC: "/i", UTS: "/u"}, Host: request().Host,
+		Pod: &runtimeapi.PodSandboxConfig{Linux: &runtimeapi.LinuxPodSandboxConfig{SecurityContext: &sc{Apparmor: local}}},
+	}
+	req.Host.AppArmor = true
+	if spec, err := PauseSpec(req); err != nil || spec.Process.ApparmorProfile != "mine" {
+		t.Errorf("pause: %+v, %v; want the profile of the sandbox", spec, err)
 	}
 }

@@ -57,6 +57,7 @@ func BuildSpec(req SpecRequest) (*specs.Spec, []string, error) {
 		b.paths,
 		b.mounts,
 		b.devices,
+		b.cdi, // after what it outranks
 		b.resources,
 		b.rlimits,
 		b.seccomp, // last: its rules depend on the capabilities
@@ -198,8 +199,10 @@ func (b *builder) paths() error {
 		return nil
 	}
 	masked, readonly := b.security.GetMaskedPaths(), b.security.GetReadonlyPaths()
-	if masked == nil && readonly == nil {
-		// The kubelet sends its lists; crictl sends none, and its containers are not to see more.
+	if len(masked)+len(readonly) == 0 {
+		// Two empty lists are an absent one in proto3, and mean what the kubelet always sends: crictl, which sends none, is
+		// not to show its containers more. The kubelet itself sends empty ones for procMount Unmasked alone, which
+		// Kubernetes grants with hostUsers: false only; such a pod is refused before it comes to this.
 		masked, readonly = defaultMaskedPaths, defaultReadonlyPaths
 	}
 	for _, p := range slices.Concat(masked, readonly) {

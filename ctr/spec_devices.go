@@ -18,11 +18,8 @@ var libcontainerDevices = []string{"/dev/null", "/dev/zero", "/dev/full", "/dev/
 // devices binds the node's devices. They are mounts, not entries of linux.devices: libcontainer would bind such an
 // entry from the same path on the node, and the CRI lets the two paths differ.
 func (b *builder) devices() error {
-	if len(b.req.Container.GetCDIDevices()) > 0 {
-		return unsupported("CDI device %s: this node reads no CDI specifications", b.req.Container.GetCDIDevices()[0].GetName())
-	}
 	var mounts []specs.Mount
-	if b.security.GetPrivileged() {
+	if b.security.GetPrivileged() && !b.ownDev() {
 		// "All devices from the host's /dev are available within the container" (CRI): those that this user can open.
 		paths, err := b.req.Host.FS.Devices("/dev")
 		if err != nil {
@@ -44,6 +41,11 @@ func (b *builder) devices() error {
 	b.spec.Mounts = append(b.spec.Mounts, dropCovered(mounts)...)
 	sortMounts(b.spec.Mounts)
 	return nil
+}
+
+// ownDev tells whether the container mounts a /dev itself, in which all is that is to be there.
+func (b *builder) ownDev() bool {
+	return slices.ContainsFunc(b.spec.Mounts, func(m specs.Mount) bool { return m.Destination == "/dev" && m.Type == "bind" })
 }
 
 // dropCovered keeps the last of the mounts on one path.
@@ -86,10 +88,14 @@ func (b *builder) device(d *runtimeapi.Device) ([]specs.Mount, error) {
 	}
 	inside = filepath.Clean(inside)
 	switch {
-	case src.Mode&fs.ModeDevice != 0:
+	case src.Mode&(fs.ModeDevice|fs.ModeNamedPipe) != 0:
 		return b.deviceNode(src.Path, inside)
 	case !src.Mode.IsDir():
 		return nil, invalid("device %s is neither a device nor a directory of devices", host)
+	}
+	if src.Path != "/dev" && !strings.HasPrefix(src.Path, "/dev/") {
+		// All below it is looked at, which of another place may be a whole disk.
+		return nil, invalid("device %s: a directory of devices must be below /dev", host)
 	}
 	nodes, err := b.req.Host.FS.Devices(src.Path)
 	if err != nil {

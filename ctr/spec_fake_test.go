@@ -10,6 +10,8 @@ import (
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+	"tags.cncf.io/container-device-interface/pkg/cdi"
+	cdispecs "tags.cncf.io/container-device-interface/specs-go"
 )
 
 // fakeFS is a node's filesystem in memory.
@@ -20,6 +22,7 @@ type fakeFS struct {
 	links       map[string]string
 	flags       map[string][]string // by path; "relatime" otherwise
 	propagation map[string]Propagation
+	cdi         map[string]*cdispecs.ContainerEdits // by device
 }
 
 func (f *fakeFS) Lookup(p string) (Source, error) {
@@ -63,6 +66,17 @@ func (f *fakeFS) ReadFile(p string) ([]byte, error) {
 		return raw, nil
 	}
 	return nil, &fs.PathError{Op: "open", Path: p, Err: fs.ErrNotExist}
+}
+
+func (f *fakeFS) CDIEdits(_, devices []string) (*cdispecs.ContainerEdits, error) {
+	edits := &cdi.ContainerEdits{}
+	for _, d := range devices {
+		if f.cdi[d] == nil {
+			return nil, invalid("CDI device %s is unknown", d)
+		}
+		edits.Append(&cdi.ContainerEdits{ContainerEdits: f.cdi[d]})
+	}
+	return edits.ContainerEdits, nil
 }
 
 const (

@@ -15,6 +15,8 @@ import (
 	"github.com/opencontainers/runc/libcontainer/seccomp"
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/coracle-cri/coracle/rootless/nstest"
 )
 
 // mountTmpfs mounts a tmpfs with flags on dir until the end of the test.
@@ -67,6 +69,20 @@ func TestMountsInTheKernel(t *testing.T) {
 	})
 }
 
+// TestTheNodesDevInTheKernel: nothing of the node's /dev belongs to the node's user, so nothing can be made in it.
+func TestTheNodesDevInTheKernel(t *testing.T) {
+	for _, privileged := range []bool{false, true} {
+		got := runScript(t, status+`
+			echo "null=$(can sh -c 'echo x >/dev/null')"; echo "same=$(can test /dev -ef /nodedev)"
+			below() { cut -d' ' -f5 /proc/self/mountinfo | grep -c "^$1/"; }
+			echo "below=$(test "$(below /dev)" = "$(below /nodedev)" && echo same)"
+		`, volumes(
+			&runtimeapi.Mount{HostPath: "/dev", ContainerPath: "/dev"}, &runtimeapi.Mount{HostPath: "/dev", ContainerPath: "/nodedev"},
+		), security(func(s *securityContext) { s.Privileged = privileged }))
+		expect(t, got, map[string]string{"null": "yes", "same": "yes", "below": "same"})
+	}
+}
+
 func TestPropagationInTheKernel(t *testing.T) {
 	source := realDir(t, "shared")
 	mountTmpfs(t, source, 0)
@@ -106,6 +122,41 @@ func TestPropagationInTheKernel(t *testing.T) {
 	}
 	if p, err := (nodeFS{}).Propagation("/"); err != nil || p.Shared {
 		t.Errorf("propagation of a private mount: %+v, %v", p, err)
+	}
+}
+
+// TestCDIInTheKernel: from a specification on disk to what a container sees.
+func TestCDIInTheKernel(t *testing.T) {
+	lib, marks := realDir(t, "lib"), realDir(t, "marks")
+	mountTmpfs(t, lib, unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC)
+	must(t, os.WriteFile(lib+"/libgpu.so", []byte("driver\n"), 0o644))
+	groups := "additionalGids: [44], "
+	if nstest.IDs() == 1 {
+		groups = ""
+	}
+	dirs := cdiFiles(t, fmt.Sprintf(`cdiVersion: "0.7.0"
+kind: vendor.com/gpu
+devices:
+- name: "0"
+  containerEdits:
+    deviceNodes: [{path: /dev/gpu0, hostPath: /dev/full, permissions: rw}]
+containerEdits: {%senv: [GPU=0],
+  mounts: [{hostPath: %s, containerPath: /opt/gpu, options: [ro, nosuid, nodev, bind]}],
+  hooks: [{hookName: createContainer, path: /bin/sh, args: [sh, -ec, "touch %s/$HOOK"], env: [HOOK=createContainer, "PATH=/usr/bin:/bin"]}]}
+`, groups, lib, marks))
+	got := runScript(t, status+`
+		echo "env=$GPU"; echo "isdev=$(can test -c /dev/gpu0)"; echo "full=$(can sh -c 'echo x > /dev/gpu0')"
+		echo "lib=$(cat /opt/gpu/libgpu.so)"; echo "flags=$(flags /opt/gpu)"; echo "groups=$(id -G)"
+	`, func(r *SpecRequest) {
+		r.Host.CDISpecDirs = dirs
+		r.Container.CDIDevices = []*runtimeapi.CDIDevice{{Name: "vendor.com/gpu=0"}}
+	})
+	expect(t, got, map[string]string{"env": "0", "isdev": "yes", "full": "no", "lib": "driver", "flags": "ro,nosuid,nodev,noexec,relatime"})
+	if groups != "" {
+		expect(t, got, map[string]string{"groups": "0 44"})
+	}
+	if _, err := os.Stat(filepath.Join(marks, "createContainer")); err != nil {
+		t.Errorf("the hook has not run: %v", err)
 	}
 }
 

@@ -269,3 +269,34 @@ func TestNodeNamespaces(t *testing.T) {
 		})
 	expect(t, got, map[string]string{"pid": own, "sys": "/sys/class", "shm": "/dev/shm"})
 }
+
+func TestMaskedAndReadonlyPathsInTheKernel(t *testing.T) {
+	const script = status + `
+		echo "masked=$(cat /etc/group | wc -c)"; echo "other=$(can grep -q root /etc/passwd)"
+		echo "dir=$(can touch /opt/x)"; echo "beside=$(can touch /x)"; echo "forward=$(can sh -c 'echo 1 >/proc/sys/net/ipv4/ip_forward')"`
+	opt := func(r *SpecRequest) { must(t, os.Mkdir(filepath.Join(r.Rootfs, "opt"), 0o755)) }
+	got := runScript(t, script, opt, security(func(s *securityContext) {
+		s.Capabilities = &runtimeapi.Capability{AddCapabilities: []string{"NET_ADMIN"}}
+		s.MaskedPaths, s.ReadonlyPaths = []string{"/etc/group", "/not/there"}, []string{"/opt"}
+	}))
+	// Lists that are given are whole: /proc/sys is not among them.
+	expect(t, got, map[string]string{"masked": "0", "other": "yes", "dir": "no", "beside": "yes", "forward": "yes"})
+}
+
+// TestTargetInTheKernel: a container that joins another one's pid namespace sees its processes, and has a /proc of it.
+func TestTargetInTheKernel(t *testing.T) {
+	spec, _, err := BuildSpec(kernelRequest(t, "exec sleep 60"))
+	must(t, err)
+	target := start(t, spec)
+	pid, err := target.process.Pid()
+	must(t, err)
+	got := runScript(t, `echo "first=$(tr '\0' ' ' </proc/1/cmdline)"; echo "own=$(test $$ -gt 1 && echo another)"`, func(r *SpecRequest) {
+		r.Namespaces.PID = fmt.Sprintf("/proc/%d/ns/pid", pid)
+		r.Container.Linux.SecurityContext.NamespaceOptions = &runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_TARGET, TargetId: "t"}
+	})
+	expect(t, got, map[string]string{"first": "sleep 60", "own": "another"})
+	must(t, target.container.Signal(unix.SIGKILL))
+	if _, code := target.wait(); code != -1 { // as os.ProcessState has it
+		t.Errorf("target: exit code %d", code)
+	}
+}

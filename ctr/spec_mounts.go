@@ -32,14 +32,20 @@ func (b *builder) mounts() error {
 		return err
 	}
 	for _, m := range slices.Concat(kernel, pod) {
-		// Where the container mounts something itself, it means to have that.
-		if !taken[m.Destination] {
+		if !covered(m.Destination, taken) {
 			b.spec.Mounts = append(b.spec.Mounts, m)
 		}
 	}
 	b.spec.Mounts = append(b.spec.Mounts, asked...)
 	sortMounts(b.spec.Mounts)
 	return nil
+}
+
+// covered: where the container mounts something itself, it means to have that. A /dev or /sys of its own (a DaemonSet
+// that manages devices has the node's) is whole: what is put into ours would have to be made in that one.
+func covered(destination string, taken map[string]bool) bool {
+	return taken[destination] || taken["/dev"] && strings.HasPrefix(destination, "/dev/") ||
+		taken["/sys"] && strings.HasPrefix(destination, "/sys/")
 }
 
 // sortMounts puts parents before what is mounted inside them, and keeps the order otherwise.
@@ -220,7 +226,7 @@ func (b *builder) mountSource(m *runtimeapi.Mount) (Source, error) {
 	}
 	src, err := b.req.Host.FS.Lookup(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return Source{}, invalid("mount %s: host_path %s does not exist", at, path)
+		return Source{}, invalid("mount %s: host_path %s does not exist; make it first (in a pod: hostPath.type DirectoryOrCreate)", at, path)
 	}
 	if err != nil {
 		return Source{}, invalid("mount %s: %w", at, err)

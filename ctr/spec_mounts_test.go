@@ -152,6 +152,27 @@ func TestParentsAreMountedBeforeWhatIsInside(t *testing.T) {
 	}
 }
 
+// TestADevOfTheContainersOwnIsWhole: nothing of ours is put into it, as nothing could be made there.
+func TestADevOfTheContainersOwnIsWhole(t *testing.T) {
+	fs := mountFS()
+	fs.dirs["/dev"], fs.devs = true, map[string]bool{"/dev/fuse": true}
+	spec, _ := build(t, func(r *SpecRequest) {
+		r.Host.FS, r.Files = fs, PodFiles{Shm: "/pod/shm"}
+		r.Host.CgroupUsable, r.Host.CgroupV2Mounted, r.CgroupsPath = true, true, "/pods/p/c"
+		r.Container.Mounts = []*runtimeapi.Mount{
+			{HostPath: "/dev", ContainerPath: "/dev/"}, {HostPath: "/sys", ContainerPath: "/sys"}, {HostPath: "/vol/file", ContainerPath: "/dev/extra"},
+		}
+	}, security(func(s *securityContext) { s.Privileged = true }))
+	for _, m := range spec.Mounts {
+		if strings.HasPrefix(m.Destination, "/dev/") && m.Destination != "/dev/extra" || strings.HasPrefix(m.Destination, "/sys/") {
+			t.Errorf("%s is mounted over the container's own: %+v", m.Destination, m)
+		}
+	}
+	if dev := mountAt(spec, "/dev"); dev == nil || dev.Type != "bind" || mountAt(spec, "/dev/extra") == nil || mountAt(spec, "/proc") == nil {
+		t.Errorf("mounts %+v", spec.Mounts)
+	}
+}
+
 func TestPodFiles(t *testing.T) {
 	files := func(r *SpecRequest) {
 		r.Files = PodFiles{ResolvConf: "/pod/resolv.conf", Hosts: "/pod/hosts", Hostname: "/pod/hostname", Shm: "/pod/shm"}

@@ -5,8 +5,10 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/coracle-cri/coracle/ctr/wire"
 )
@@ -14,7 +16,7 @@ import (
 // defaultPath is what a container without a PATH gets, as in every engine of this field.
 const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-// process sets what runs: arguments, environment, working directory, terminal.
+// process sets what runs: arguments, working directory, terminal, environment.
 func (b *builder) process() error {
 	c, img, p := b.req.Container, b.req.Image, b.spec.Process
 	if p.Args = arguments(c.GetCommand(), c.GetArgs(), img); len(p.Args) == 0 {
@@ -29,10 +31,19 @@ func (b *builder) process() error {
 	// libcontainer makes the directory where it is missing.
 	p.Cwd = "/"
 	for _, dir := range []string{img.WorkingDir, c.GetWorkingDir()} {
+		if strings.ContainsRune(dir, 0) {
+			return invalid("working directory %q contains a NUL byte", dir)
+		}
 		if dir != "" {
 			p.Cwd = filepath.Join("/", dir)
 		}
 	}
+	return b.environment()
+}
+
+// environment is the container's over the image's over what every container has.
+func (b *builder) environment() error {
+	c, img, p := b.req.Container, b.req.Image, b.spec.Process
 	env := newEnvironment()
 	env.set("PATH", defaultPath)
 	if host := b.req.Pod.GetHostname(); host != "" {
@@ -52,14 +63,28 @@ func (b *builder) process() error {
 		if kv.GetKey() == "" || strings.ContainsAny(kv.GetKey(), "=\x00") {
 			return invalid("environment: %q is not a variable's name", kv.GetKey())
 		}
-		value := string(kv.GetValue())
-		if strings.ContainsRune(value, 0) {
-			return invalid("environment: the value of %s contains a NUL byte", kv.GetKey())
+		value, err := b.environmentValue(kv)
+		if err != nil {
+			return err
 		}
 		env.set(kv.GetKey(), value)
 	}
 	p.Env = env.list()
 	return nil
+}
+
+// environmentValue: the CRI's values are bytes, an OCI spec is JSON, and so is what libcontainer sends to a container's
+// init. Bytes that are no UTF-8 cannot get through; each becomes U+FFFD, which is what a spec written and read again says.
+func (b *builder) environmentValue(kv *runtimeapi.KeyValue) (string, error) {
+	value := string(kv.GetValue())
+	if strings.ContainsRune(value, 0) {
+		return "", invalid("environment: the value of %s contains a NUL byte", kv.GetKey())
+	}
+	if utf8.ValidString(value) {
+		return value, nil
+	}
+	return string([]rune(value)), b.lack("environment: the value of %s is not UTF-8, and a container's configuration can carry nothing else: "+
+		"each such byte is U+FFFD; mount the value as a file", kv.GetKey())
 }
 
 // arguments is the table of Kubernetes: a command replaces the image's Entrypoint and its Cmd, args alone replace

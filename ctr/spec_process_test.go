@@ -1,6 +1,7 @@
 package ctr
 
 import (
+	"encoding/json"
 	"slices"
 	"strings"
 	"syscall"
@@ -53,8 +54,8 @@ func TestEnvironment(t *testing.T) {
 			[]*runtimeapi.KeyValue{kv("A", "2"), kv("C", ""), kv("A", "3"), kv("HOSTNAME", "h")}, false,
 			[]string{"PATH=" + defaultPath, "HOSTNAME=h", "A=3", "B=x=y", "C="},
 		},
-		{"a value is bytes", nil, []*runtimeapi.KeyValue{kv("RAW", "\xff\n=")}, false,
-			[]string{"PATH=" + defaultPath, "HOSTNAME=web-0", "RAW=\xff\n="}},
+		{"a value is any text", nil, []*runtimeapi.KeyValue{kv("RAW", "é\n=\x01")}, false,
+			[]string{"PATH=" + defaultPath, "HOSTNAME=web-0", "RAW=é\n=\x01"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			spec, _ := build(t, func(r *SpecRequest) { r.Image.Env, r.Container.Envs, r.Container.Tty = c.image, c.envs, c.tty })
@@ -70,6 +71,27 @@ func TestEnvironment(t *testing.T) {
 	refused(t, ErrInvalid, []string{"of the image"}, func(r *SpecRequest) { r.Image.Env = []string{"NOVALUE"} })
 }
 
+// TestEnvironmentThatIsNotUTF8: what the spec says is what a reader of its JSON reads, and the loss is told.
+func TestEnvironmentThatIsNotUTF8(t *testing.T) {
+	raw := func(r *SpecRequest) {
+		r.Container.Envs = []*runtimeapi.KeyValue{{Key: "RAW", Value: []byte("a\xff\xfeé\xc3")}}
+	}
+	spec, sentences := build(t, raw)
+	want := "RAW=a\ufffd\ufffdé\ufffd"
+	if !slices.Contains(spec.Process.Env, want) || len(sentences) != 1 || !strings.Contains(sentences[0], "RAW") {
+		t.Errorf("env %q, sentences %q", spec.Process.Env, sentences)
+	}
+	written, err := json.Marshal("RAW=a\xff\xfeé\xc3")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var read string
+	if err := json.Unmarshal(written, &read); err != nil || read != want {
+		t.Errorf("JSON makes %q of it, %v", read, err)
+	}
+	refused(t, ErrUnsupported, []string{"strict", "RAW"}, raw, func(r *SpecRequest) { r.Host.Strict = true })
+}
+
 func TestWorkingDirectory(t *testing.T) {
 	for _, c := range []struct{ image, container, want string }{
 		{"", "", "/"}, {"/srv", "", "/srv"}, {"/srv", "/new/dir", "/new/dir"}, {"srv/app", "", "/srv/app"}, {"/a/../b", "", "/b"},
@@ -79,6 +101,7 @@ func TestWorkingDirectory(t *testing.T) {
 			t.Errorf("image %q, container %q: cwd %q, want %q", c.image, c.container, spec.Process.Cwd, c.want)
 		}
 	}
+	refused(t, ErrInvalid, []string{"working directory", "NUL"}, func(r *SpecRequest) { r.Container.WorkingDir = "/a\x00b" })
 }
 
 func TestRlimitsAreClampedToTheHardLimit(t *testing.T) {

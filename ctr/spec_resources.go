@@ -167,6 +167,10 @@ func (a *limitAdder) memory(r *runtimeapi.LinuxContainerResources) {
 	if s := r.GetMemorySwapLimitInBytes(); s != 0 && (inForce || s > 0) && a.has("memory", "memory and swap limit %d bytes", s) {
 		mem.Swap = &s
 	}
+	if _, own := r.GetUnified()["memory.swap.max"]; mem.Limit != nil && *mem.Limit > 0 && mem.Swap == nil && !own {
+		// Without a word on swap a limit is one, as with the other runtimes of the CRI: what is over it is killed, not swapped.
+		mem.Swap = mem.Limit
+	}
 	if *mem != (specs.LinuxMemory{}) {
 		a.out.Memory = mem
 	}
@@ -189,6 +193,9 @@ func (a *limitAdder) hugepages(r *runtimeapi.LinuxContainerResources) {
 func (a *limitAdder) unified(r *runtimeapi.LinuxContainerResources) {
 	for _, key := range slices.Sorted(maps.Keys(r.GetUnified())) {
 		controller, _, _ := strings.Cut(key, ".")
+		if !a.host.Controllers[controller] && limitsNothing(key, r.GetUnified()[key]) {
+			continue
+		}
 		if !a.has(controller, "%s=%s", key, r.GetUnified()[key]) {
 			continue
 		}
@@ -197,4 +204,16 @@ func (a *limitAdder) unified(r *runtimeapi.LinuxContainerResources) {
 		}
 		a.out.Unified[key] = r.GetUnified()[key]
 	}
+}
+
+// limitsNothing: the kubelet sends memory.oom.group, which says how a limit is enforced, and protections of 0 for every
+// container; without the controller nothing is missed.
+func limitsNothing(key, value string) bool {
+	switch key {
+	case "memory.oom.group":
+		return true
+	case "memory.min", "memory.low":
+		return value == "0"
+	}
+	return value == "max"
 }

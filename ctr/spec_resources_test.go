@@ -64,6 +64,9 @@ func TestResourcesThatCannotBeApplied(t *testing.T) {
 			&resources{CpuShares: 2, CpuPeriod: 100000, HugepageLimits: []*runtimeapi.HugepageLimit{{PageSize: "2MB"}}}, nil, false},
 		{"hugepages", delegated("memory"), &resources{HugepageLimits: []*runtimeapi.HugepageLimit{{PageSize: "2MB", Limit: 1}}}, []string{"hugepages 2MB"}, false},
 		{"unified", delegated("memory"), &resources{Unified: map[string]string{"memory.high": "1", "io.max": "x"}}, []string{"io.max=x"}, true},
+		{"the kubelet's of a container on cgroup v2", delegated("cpu"),
+			&resources{CpuShares: 2, Unified: map[string]string{"memory.oom.group": "1", "memory.min": "0", "memory.low": "0", "memory.high": "max"}}, nil, true},
+		{"a protection is a limit of others", delegated(), &resources{Unified: map[string]string{"memory.min": "1"}}, []string{"memory.min=1"}, false},
 		{"no limit is no loss", delegated(), &resources{MemoryLimitInBytes: -1, MemorySwapLimitInBytes: -1, CpuQuota: -1}, nil, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -86,6 +89,24 @@ func TestResourcesThatCannotBeApplied(t *testing.T) {
 			}
 			refused(t, ErrUnsupported, append([]string{"strict"}, c.sentences...), c.host, asking(c.ask), strict)
 		})
+	}
+}
+
+// TestAMemoryLimitIsOneOfSwapToo: unless the request says something else of swap.
+func TestAMemoryLimitIsOneOfSwapToo(t *testing.T) {
+	for _, c := range []struct {
+		ask  *resources
+		want *int64
+	}{
+		{&resources{MemoryLimitInBytes: 1 << 20}, ptr(int64(1 << 20))},
+		{&resources{MemoryLimitInBytes: 1 << 20, MemorySwapLimitInBytes: 2 << 20}, ptr(int64(2 << 20))},
+		{&resources{MemoryLimitInBytes: 1 << 20, MemorySwapLimitInBytes: -1}, ptr(int64(-1))},
+		{&resources{MemoryLimitInBytes: 1 << 20, Unified: map[string]string{"memory.swap.max": "4096"}}, nil},
+		{&resources{MemoryLimitInBytes: -1}, nil},
+	} {
+		if spec, _ := build(t, delegated("memory"), asking(c.ask)); !reflect.DeepEqual(spec.Linux.Resources.Memory.Swap, c.want) {
+			t.Errorf("%v: swap %v, want %v", c.ask, spec.Linux.Resources.Memory.Swap, c.want)
+		}
 	}
 }
 
@@ -175,6 +196,7 @@ func TestDevices(t *testing.T) {
 		{ErrInvalid, "does not exist", &runtimeapi.Device{HostPath: "/dev/none"}},
 		{ErrInvalid, "neither a device", &runtimeapi.Device{HostPath: "/etc/motd"}},
 		{ErrInvalid, "no device", &runtimeapi.Device{HostPath: "/dev/empty"}},
+		{ErrInvalid, "below /dev", &runtimeapi.Device{HostPath: testRootfs}},
 		{ErrInvalid, "permissions", &runtimeapi.Device{HostPath: "/dev/fuse", Permissions: "rx"}},
 		{ErrInvalid, "absolute", &runtimeapi.Device{HostPath: "fuse"}},
 		{ErrUnsupported, "nodev", &runtimeapi.Device{HostPath: "/srv/disk"}},
@@ -182,9 +204,6 @@ func TestDevices(t *testing.T) {
 	} {
 		refused(t, c.class, []string{c.word}, withDevices(c.d))
 	}
-	refused(t, ErrUnsupported, []string{"vendor.com/gpu=0"}, func(r *SpecRequest) {
-		r.Container.CDIDevices = []*runtimeapi.CDIDevice{{Name: "vendor.com/gpu=0"}}
-	})
 }
 
 func TestADeviceAskedForOutranksThePrivilegedContainersOwn(t *testing.T) {

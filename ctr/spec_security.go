@@ -104,47 +104,53 @@ func (b *builder) privileges() error {
 		// "If privileged is set, [...] selinux_options, seccomp, apparmor [...] MAY have no effect" (CRI).
 		return nil
 	}
-	if s := b.security.GetSelinuxOptions(); s.GetUser()+s.GetRole()+s.GetType()+s.GetLevel() != "" {
-		return unsupported("selinux_options: containers of a rootless node are not labelled; leave them out")
+	if err := checkSELinux(b.security.GetSelinuxOptions()); err != nil {
+		return err
 	}
-	return b.appArmor()
+	var err error
+	old := b.security.GetApparmorProfile() //nolint:staticcheck // the kubelet of older clusters sends it
+	b.spec.Process.ApparmorProfile, err = appArmor(b.security.GetApparmor(), old, b.req.Host)
+	return err
 }
 
-// appArmor takes the profile from the field or, where that is absent, from its deprecated string, in which
-// "runtime/default" is "equivalent to not specifying a profile" (CRI).
-func (b *builder) appArmor() error {
-	profile := b.security.GetApparmor()
+func checkSELinux(s *runtimeapi.SELinuxOption) error {
+	if s.GetUser()+s.GetRole()+s.GetType()+s.GetLevel() != "" {
+		return unsupported("selinux_options: containers of a rootless node are not labelled; leave them out")
+	}
+	return nil
+}
+
+// appArmor returns the profile that a process enters, "" for none. It takes it from the field or, where that is absent,
+// from its deprecated string, in which "runtime/default" is "equivalent to not specifying a profile" (CRI).
+func appArmor(profile *runtimeapi.SecurityProfile, old string, host Host) (string, error) {
 	if profile == nil {
-		switch old := b.security.GetApparmorProfile(); { //nolint:staticcheck // the kubelet of older clusters sends it
+		switch local, isLocal := strings.CutPrefix(old, "localhost/"); {
 		case old == "" || old == "runtime/default" || old == "unconfined":
-			return nil
-		case strings.HasPrefix(old, "localhost/"):
-			profile = &runtimeapi.SecurityProfile{
-				ProfileType: runtimeapi.SecurityProfile_Localhost, LocalhostRef: strings.TrimPrefix(old, "localhost/"),
-			}
+			return "", nil
+		case isLocal:
+			profile = &runtimeapi.SecurityProfile{ProfileType: runtimeapi.SecurityProfile_Localhost, LocalhostRef: local}
 		default:
-			return invalid("apparmor profile %q: runtime/default, unconfined or localhost/NAME", old)
+			return "", invalid("apparmor profile %q: runtime/default, unconfined or localhost/NAME", old)
 		}
 	}
 	name := strings.TrimPrefix(profile.GetLocalhostRef(), "localhost/")
 	switch profile.GetProfileType() {
 	case runtimeapi.SecurityProfile_Unconfined:
-		return nil
+		return "", nil
 	case runtimeapi.SecurityProfile_Localhost:
 		if name == "" {
-			return invalid("apparmor: type Localhost names no profile")
+			return "", invalid("apparmor: type Localhost names no profile")
 		}
-		if !b.req.Host.AppArmor {
-			return unsupported("apparmor profile %s: AppArmor is not on in this kernel", name)
+		if !host.AppArmor {
+			return "", unsupported("apparmor profile %s: AppArmor is not on in this kernel", name)
 		}
-		b.spec.Process.ApparmorProfile = name
-		return nil
+		return name, nil
 	case runtimeapi.SecurityProfile_RuntimeDefault:
-		if !b.req.Host.AppArmor {
-			return unsupported("apparmor profile RuntimeDefault: AppArmor is not on in this kernel")
+		if !host.AppArmor {
+			return "", unsupported("apparmor profile RuntimeDefault: AppArmor is not on in this kernel")
 		}
-		return unsupported("apparmor profile RuntimeDefault: a runtime without root cannot load a profile; " +
+		return "", unsupported("apparmor profile RuntimeDefault: a runtime without root cannot load a profile; " +
 			"ask for Unconfined, or for a Localhost profile that root has loaded")
 	}
-	return invalid("apparmor: profile type %d is unknown", profile.GetProfileType())
+	return "", invalid("apparmor: profile type %d is unknown", profile.GetProfileType())
 }

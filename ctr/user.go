@@ -157,8 +157,14 @@ func (b *builder) setUser(uid, gid int64, groups []int64) error {
 	if !ids.HasGID(gid) {
 		return unmapped("gid", gid, ids.GIDs)
 	}
-	extra := slices.DeleteFunc(slices.Clone(groups), func(g int64) bool { return g == gid })
 	b.spec.Process.User = specs.User{UID: uint32(uid), GID: uint32(gid)}
+	return b.addGroups(groups)
+}
+
+// addGroups adds supplementary groups to the user that is set.
+func (b *builder) addGroups(groups []int64) error {
+	ids, u := b.req.Host.IDs, &b.spec.Process.User
+	extra := slices.DeleteFunc(slices.Clone(groups), func(g int64) bool { return g == int64(u.GID) })
 	if ids.SetgroupsDenied {
 		// Without a gid map by newgidmap the kernel refuses setgroups(2) for good (user_namespaces(7)).
 		if len(extra) > 0 {
@@ -166,17 +172,15 @@ func (b *builder) setUser(uid, gid int64, groups []int64) error {
 		}
 		return nil
 	}
+	all := append(slices.Clone(u.AdditionalGids), u.GID) // the primary group stands among them, as initgroups(3) has it
 	for _, g := range extra {
 		if !ids.HasGID(g) {
 			return unmapped("supplementary gid", g, ids.GIDs)
 		}
+		all = append(all, uint32(g))
 	}
-	// The primary group stands among them, as initgroups(3) has it.
-	all := append(extra, gid)
 	slices.Sort(all)
-	for _, g := range slices.Compact(all) {
-		b.spec.Process.User.AdditionalGids = append(b.spec.Process.User.AdditionalGids, uint32(g))
-	}
+	u.AdditionalGids = slices.Compact(all)
 	return nil
 }
 

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -19,7 +20,7 @@ import (
 
 // TestCrictlWalk does, in order, everything that crictl can do with one pod, as its user does from outside of the
 // node's namespaces: pull, images, inspecti, runp, create, start, ps, exec, exec -it, attach, logs -f, port-forward,
-// stats, stop, rm, stopp, rmp, rmi.
+// stop, rm, stopp, rmp, rmi.
 func TestCrictlWalk(t *testing.T) {
 	registry := newRegistry(t, fixture.RegistryOptions{})
 	image := pushBusybox(t, registry)
@@ -31,7 +32,7 @@ func TestCrictlWalk(t *testing.T) {
 		do   func(t *testing.T)
 	}{
 		{"version and info", w.version}, {"pull", w.pull}, {"run", w.run}, {"exec", w.execute}, {"exec in a terminal", w.execTerminal},
-		{"attach", w.attach}, {"logs", w.logs}, {"port-forward", w.portForward}, {"stats", w.stats}, {"enter", w.enter},
+		{"attach", w.attach}, {"logs", w.logs}, {"port-forward", w.portForward}, {"enter", w.enter},
 		{"stop and remove", w.remove},
 	} {
 		ok := t.Run(step.name, func(t *testing.T) {
@@ -145,6 +146,7 @@ func (w *walk) execute(t *testing.T) {
 	if out := w.exec(w.server, "sh", "-c", "echo $FROM_IMAGE $FROM_POD; hostname; pwd; id -u"); out != "yes yes\nwalk\n/www\n0" {
 		t.Errorf("exec: %q", out)
 	}
+	w.addresses(t)
 	if out := w.crictl("exec", "--sync", w.server, "cat", "/www/index.html"); !strings.Contains(out, "hello from a coracle") {
 		t.Errorf("exec --sync: %q", out)
 	}
@@ -335,38 +337,25 @@ func get(client *http.Client, url string) (string, error) {
 	return string(body), err
 }
 
-func (w *walk) stats(t *testing.T) {
-	// crictl takes a container without CPU time and memory for one that does not run, and where no cgroup is delegated
-	// there is nothing to measure them by.
-	groups, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", w.daemon()))
-	if err != nil {
-		t.Fatal(err)
+// addresses: the pod has one of IPv4 and, where the kernel has IPv6, another; it finds both under its own name.
+func (w *walk) addresses(t *testing.T) {
+	network := w.inspect("inspectp", w.pod).field("network")
+	ips := []string{w.podIP(w.pod)}
+	if _, err := os.Stat("/proc/sys/net/ipv6"); err == nil {
+		more := regexp.MustCompile(`fd63:6f72:6163:6c65::[0-9a-f]+`).FindString(fmt.Sprint(network))
+		if more == "" {
+			t.Fatalf("the pod has no IPv6 address: %v", network)
+		}
+		ips = append(ips, more)
 	}
-	accounted := strings.Contains(string(groups), "/coracle-default")
-	show := []string{"stats"}
-	if !accounted {
-		show = append(show, "--all")
-	}
-	if out := w.crictl(show...); !strings.Contains(out, w.server[:13]) {
-		t.Errorf("crictl %s:\n%s", strings.Join(show, " "), out)
-	}
-	var all struct {
-		Stats []object `json:"stats"`
-	}
-	raw := w.crictl("stats", "-o", "json", "--id", w.server)
-	if err := json.Unmarshal([]byte(raw), &all); err != nil || len(all.Stats) != 1 {
-		t.Fatalf("crictl stats -o json: %v\n%s", err, raw)
-	}
-	s := all.Stats[0]
-	if s.text("attributes.id") != w.server || s.text("attributes.metadata.name") != "server" {
-		t.Errorf("stats are of %v", s["attributes"])
-	}
-	if used := s.text("writableLayer.usedBytes.value"); used == "" {
-		t.Errorf("stats have no writable layer:\n%s", raw)
-	}
-	// In a delegated subtree cpu.stat is there with or without controllers; memory is not.
-	if accounted && s.text("cpu.usageCoreNanoSeconds.value") == "" {
-		t.Errorf("stats have no CPU time although there is a cgroup:\n%s", raw)
+	hosts := w.exec(w.server, "cat", "/etc/hosts")
+	for _, ip := range ips {
+		if !strings.Contains(hosts, ip+"\twalk") {
+			t.Errorf("the pod's hosts file has no %s:\n%s", ip, hosts)
+		}
+		if out := w.exec(w.server, "wget", "-q", "-O", "-", "http://"+net.JoinHostPort(ip, "8080")+"/index.html"); !strings.Contains(out, "hello from a coracle") {
+			t.Errorf("the pod's server answers at %s: %q", ip, out)
+		}
 	}
 }
 

@@ -15,7 +15,7 @@ type Config struct {
 	// Root is the store's directory. It is made where it is missing; everything in it belongs to the store.
 	Root string
 	// Registries is keyed by registry host as written in image names ("docker.io", "localhost:5000"), or by the
-	// host of a mirror.
+	// host of a mirror. The key "*" names the mirrors of every registry without a section of its own.
 	Registries map[string]RegistryConfig
 	// DockerConfig is the path of a docker config.json with credentials. "" looks where docker and podman do:
 	// $DOCKER_CONFIG, ~/.docker, $REGISTRY_AUTH_FILE, $XDG_RUNTIME_DIR/containers, ~/.config/containers.
@@ -31,6 +31,9 @@ type Config struct {
 
 	waits waits // shorter in tests
 }
+
+// everyRegistry is the key of the section for registries that have none of their own.
+const everyRegistry = "*"
 
 // DefaultMaxLayerBytes is larger than the layers of today's model images, and smaller than most disks.
 const DefaultMaxLayerBytes = 64 << 30
@@ -66,17 +69,32 @@ func (c RegistryConfig) MarshalJSON() ([]byte, error) {
 	return json.Marshal(plain(c))
 }
 
-// registryConfig returns the section for host, under any of the names of Docker Hub.
+// registryConfig returns the section for host, under any of the names of Docker Hub. It is never the one for every
+// registry: credentials and authorities are for hosts that are named.
 func (c *Config) registryConfig(host string) RegistryConfig {
+	rc, _ := c.lookUp(host)
+	return rc
+}
+
+func (c *Config) lookUp(host string) (rc RegistryConfig, ok bool) {
 	if rc, ok := c.Registries[host]; ok {
-		return rc
+		return rc, true
 	}
 	for key, rc := range c.Registries {
 		if displayHost(key) == displayHost(host) {
-			return rc
+			return rc, true
 		}
 	}
-	return RegistryConfig{}
+	return RegistryConfig{}, false
+}
+
+// mirrors are those of the host's own section, even where that has none, else those for every registry.
+func (c *Config) mirrors(host string) []string {
+	rc, ok := c.lookUp(host)
+	if !ok {
+		rc = c.Registries[everyRegistry]
+	}
+	return rc.Mirrors
 }
 
 func (c *Config) check() error {
@@ -90,7 +108,11 @@ func (c *Config) check() error {
 		if strings.ContainsAny(host, "/ ") {
 			return fmt.Errorf("%w: registries: key %q: want a host with an optional port", ErrInvalid, host)
 		}
-		for _, m := range c.Registries[host].Mirrors {
+		rc := c.Registries[host]
+		if host == everyRegistry && (rc.Insecure || rc.CAFile != "" || rc.Username != "" || rc.Password != "") {
+			return fmt.Errorf("%w: registries: key %q takes mirrors alone; give insecure, caFile, username and password to a host", ErrInvalid, host)
+		}
+		for _, m := range rc.Mirrors {
 			if _, err := parseMirror(m); err != nil {
 				return fmt.Errorf("registries: %s: %w", host, err)
 			}

@@ -25,10 +25,11 @@
 //
 // # Who owns what
 //
-// The Store owns every file under its root and its one background goroutine; Close waits for it. Mounts outlive
-// the process: their records say which layers they need, and Open reads them back.
+// The Store owns every file under its root and two background goroutines, one that syncs layers (sync.go) and one that
+// measures what containers write (usage.go); Close waits for them. Mounts outlive the process: their records say which
+// layers they need, and Open reads them back.
 //
 // Lock order: Store.writeMu (one change of the records at a time; held while writing to disk), then Store.mu (the
-// index in memory; never held while waiting for the disk, except for renames). A flightGroup's lock stands
-// alone. Reads take Store.mu for reading and return copies.
+// index in memory; never held while waiting for the disk, except for renames). The locks of a flightGroup and of the
+// meter stand alone. Reads take Store.mu for reading and return copies.
 package images

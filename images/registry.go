@@ -26,6 +26,7 @@ type endpoint struct {
 	insecure bool
 	caFile   string
 	mirror   bool
+	of       string // the registry that a mirror stands for
 }
 
 func (e endpoint) String() string {
@@ -56,7 +57,7 @@ func parseMirror(s string) (endpoint, error) {
 func (c *Config) endpoints(ref reference) ([]endpoint, error) {
 	own := c.registryConfig(ref.Host)
 	var out []endpoint
-	for _, m := range own.Mirrors {
+	for _, m := range c.mirrors(ref.Host) {
 		e, err := parseMirror(m)
 		if err != nil {
 			return nil, err
@@ -64,7 +65,7 @@ func (c *Config) endpoints(ref reference) ([]endpoint, error) {
 		e.path = strings.TrimPrefix(e.path+"/"+ref.Path, "/")
 		rc := c.registryConfig(e.host)
 		e.insecure = e.insecure || rc.Insecure || isLoopback(e.host)
-		e.caFile = rc.CAFile
+		e.caFile, e.of = rc.CAFile, ref.Host
 		out = append(out, e)
 	}
 	return append(out, endpoint{host: ref.Host, path: ref.Path, insecure: own.Insecure || isLoopback(ref.Host), caFile: own.CAFile}), nil
@@ -114,6 +115,10 @@ func (s *Store) connect(ctx context.Context, at endpoint, auth *Auth, retries in
 
 func (r *remote) url(kind, id string) string {
 	u := *r.base
+	if r.at.mirror {
+		// One mirror may stand for many registries with repositories of the same path. It is told as containerd tells it.
+		u.RawQuery = url.Values{"ns": {r.at.of}}.Encode()
+	}
 	u.Path = "/v2/" + r.at.path + "/" + kind + "/" + id
 	return u.String()
 }

@@ -336,6 +336,63 @@ func TestMirrors(t *testing.T) {
 	}
 }
 
+// TestMirrorOfEveryRegistry: the mirrors of "*" answer for whatever has no section, are told which registry is meant,
+// and get nobody's credentials.
+func TestMirrorOfEveryRegistry(t *testing.T) {
+	mirror, plain := newHub(t), newHub(t)
+	login := filepath.Join(t.TempDir(), "config.json")
+	encoded := base64.StdEncoding.EncodeToString([]byte(testUser + ":" + testPassword))
+	if err := os.WriteFile(login, []byte(`{"auths":{"registry.invalid":{"auth":"`+encoded+`"}}}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s := openStore(t, Config{DockerConfig: login, Registries: map[string]RegistryConfig{
+		"*": {Mirrors: []string{mirror.host + "/all"}}, plain.host: {}, "known.invalid": {Username: testUser, Password: testPassword},
+	}})
+	ids := map[string]string{}
+	for _, registry := range []string{"docker.io", "registry.invalid"} {
+		ids[registry] = mirror.push(t, "all/"+map[string]string{"docker.io": "library/"}[registry]+"app:1", imageOf(t, gzipLayer(t, file("a", registry))))
+	}
+	// It asks for a password in the handshake, then checks the namespace that a request must have by its path.
+	mirror.intercept(func(w http.ResponseWriter, r *http.Request) bool {
+		if r.URL.Path == "/v2/" {
+			w.Header().Set("WWW-Authenticate", `Basic realm="test"`)
+			w.WriteHeader(http.StatusUnauthorized)
+			return true
+		}
+		want := "registry.invalid"
+		if strings.HasPrefix(r.URL.Path, "/v2/all/library/") {
+			want = "docker.io"
+		}
+		if r.URL.Query().Get("ns") != want {
+			t.Errorf("%s has the namespace %q, want %q", r.URL, r.URL.Query().Get("ns"), want)
+		}
+		return false
+	})
+	for ref, registry := range map[string]string{"app:1": "docker.io", "registry.invalid/app:1": "registry.invalid"} {
+		got, err := s.Pull(context.Background(), ref, &Auth{Username: testUser, Password: testPassword})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got.ID != ids[registry] || len(got.RepoTags) != 1 || !strings.HasPrefix(got.RepoTags[0], registry+"/") {
+			t.Errorf("%s: %+v", ref, got)
+		}
+	}
+	if leaked := mirror.seen("Basic"); len(leaked) > 0 {
+		t.Errorf("credentials went to the mirror: %v", leaked)
+	}
+	// A section of its own, even an empty one, is a registry's whole configuration.
+	id := plain.push(t, "app:1", imageOf(t, gzipLayer(t, file("b", "y"))))
+	mirror.intercept(nil)
+	if got := pull(t, s, plain.host+"/app:1"); got.ID != id || len(mirror.seen("/")) != 0 {
+		t.Errorf("%+v; the mirror was asked %v", got, mirror.seen("/"))
+	}
+	for _, rc := range []RegistryConfig{{Insecure: true}, {CAFile: "/ca.pem"}, {Username: "u", Password: "p"}} {
+		if _, err := Open(Config{Root: t.TempDir(), Registries: map[string]RegistryConfig{"*": rc}}); !errors.Is(err, ErrInvalid) {
+			t.Errorf("%v for every registry: %v", rc, err)
+		}
+	}
+}
+
 func wantBasicOf(mirror bool) func(http.ResponseWriter, *http.Request) bool {
 	if !mirror {
 		return nil

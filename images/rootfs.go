@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -77,53 +76,6 @@ func (s *Store) Reconcile(live map[string]bool) error {
 		}
 	}
 	return errors.Join(errs...)
-}
-
-// RootfsUsage returns what a container has written: bytes in whole blocks, and inodes.
-func (s *Store) RootfsUsage(containerID string) (bytes, inodes uint64, err error) {
-	rec := s.index.mount(kindRootfs + "/" + containerID)
-	if rec == nil {
-		return 0, 0, fmt.Errorf("root filesystem of container %s: %w", containerID, ErrNotFound)
-	}
-	dir := s.path(kindRootfs, containerID, "upper")
-	if rec.Driver == driverCopy {
-		dir = s.path(kindRootfs, containerID, "merged")
-	}
-	bytes, inodes, err = diskUsage(dir)
-	if err != nil {
-		return 0, 0, fmt.Errorf("measure root filesystem of container %s: %w", containerID, err)
-	}
-	return bytes, inodes, nil
-}
-
-// diskUsage sums up a tree, a file with several names once. Names that vanish meanwhile do not count.
-func diskUsage(dir string) (bytes, inodes uint64, err error) {
-	seen := map[uint64]bool{}
-	err = filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
-		if err != nil {
-			if errors.Is(err, fs.ErrNotExist) {
-				return nil
-			}
-			return err
-		}
-		info, err := d.Info()
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil
-		} else if err != nil {
-			return err
-		}
-		st, ok := info.Sys().(*syscall.Stat_t)
-		if !ok || st.Nlink > 1 && !d.IsDir() && seen[st.Ino] {
-			return nil
-		}
-		if st.Nlink > 1 {
-			seen[st.Ino] = true
-		}
-		bytes += uint64(st.Blocks) * 512
-		inodes++
-		return nil
-	})
-	return bytes, inodes, err
 }
 
 // mountImage makes kind/id and mounts the image there.
@@ -227,6 +179,9 @@ func (s *Store) unmountImage(kind, id string) error {
 	}
 	rec := s.index.mount(key)
 	s.index.dropMount(key)
+	if kind == kindRootfs {
+		s.meter.forget(id)
+	}
 	if rec != nil && s.index.image(rec.Image) == nil {
 		return s.collect()
 	}

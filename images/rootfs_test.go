@@ -134,10 +134,7 @@ func TestRootfs(t *testing.T) {
 
 func testWrites(t *testing.T, s *Store, root string) {
 	t.Helper()
-	before, inodesBefore, err := s.RootfsUsage("c1")
-	if err != nil {
-		t.Fatal(err)
-	}
+	before := measured(t, s, "c1")
 	for path, body := range map[string]string{"new": strings.Repeat("n", 40_000), "etc/changed": "mine"} {
 		if err := os.WriteFile(filepath.Join(root, path), []byte(body), 0o644); err != nil {
 			t.Error(err)
@@ -149,11 +146,11 @@ func testWrites(t *testing.T, s *Store, root string) {
 	if err := os.RemoveAll(root + "/hidden"); err != nil {
 		t.Error(err)
 	}
-	after, inodesAfter, err := s.RootfsUsage("c1")
-	if err != nil || after < before+40_000 && s.mounter.driver != driverCopy || inodesAfter == inodesBefore {
-		t.Errorf("usage %d bytes %d inodes, before %d and %d: %v", after, inodesAfter, before, inodesBefore, err)
+	after, err := s.measureRootfs(context.Background(), "c1")
+	if err != nil || after.Bytes < before.Bytes+40_000 && s.mounter.driver != driverCopy || after.Inodes == before.Inodes {
+		t.Errorf("usage %+v, before %+v: %v", after, before, err)
 	}
-	if _, _, err := s.RootfsUsage("nobody"); !errors.Is(err, ErrNotFound) {
+	if _, err := s.RootfsUsage(context.Background(), "nobody"); !errors.Is(err, ErrNotFound) {
 		t.Errorf("usage of no container: %v", err)
 	}
 }

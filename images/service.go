@@ -3,6 +3,7 @@ package images
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
@@ -114,33 +115,44 @@ func (s *Service) RemoveImage(_ context.Context, req *runtimeapi.RemoveImageRequ
 	return &runtimeapi.RemoveImageResponse{}, nil
 }
 
-// ImageFsInfo reports the store's filesystem. What images take was counted when they were unpacked; what
-// containers have written is measured now. Both are on one filesystem, under one mount point.
-func (s *Service) ImageFsInfo(_ context.Context, _ *runtimeapi.ImageFsInfoRequest) (*runtimeapi.ImageFsInfoResponse, error) {
-	bytes, inodes := s.store.Usage()
-	images := s.store.fsUsage(bytes, inodes)
-	bytes, inodes = 0, 0
+// firstMeasure bounds how long ImageFsInfo waits for layers that nobody has measured yet: mostly new ones, with little in
+// them.
+const firstMeasure = 100 * time.Millisecond
+
+// ImageFsInfo reports the store's filesystem. What images take was counted when they were unpacked; of what containers
+// have written the last measures are added up, and the time told is that of the oldest. Both are on one filesystem,
+// under one mount point.
+func (s *Service) ImageFsInfo(ctx context.Context, _ *runtimeapi.ImageFsInfoRequest) (*runtimeapi.ImageFsInfoResponse, error) {
+	images := Usage{At: time.Now()}
+	images.Bytes, images.Inodes = s.store.Usage()
+	containers := Usage{At: images.At}
+	first, cancel := context.WithTimeout(ctx, firstMeasure)
+	defer cancel()
 	for _, key := range s.store.index.mountKeys(kindRootfs) {
-		b, n, err := s.store.RootfsUsage(strings.TrimPrefix(key, kindRootfs+"/"))
-		if isAbsent(err) {
-			continue // removed meanwhile
-		} else if err != nil {
-			return nil, grpcError(err)
+		u, err := s.store.RootfsUsage(first, strings.TrimPrefix(key, kindRootfs+"/"))
+		if errors.Is(err, ErrClosed) || ctx.Err() != nil {
+			return nil, grpcError(errors.Join(err, ctx.Err()))
 		}
-		bytes, inodes = bytes+b, inodes+n
+		if err != nil {
+			continue // removed meanwhile, not measured yet, or not measurable, which the log tells
+		}
+		containers.Bytes, containers.Inodes = containers.Bytes+u.Bytes, containers.Inodes+u.Inodes
+		if u.At.Before(containers.At) {
+			containers.At = u.At
+		}
 	}
 	return &runtimeapi.ImageFsInfoResponse{
-		ImageFilesystems:     []*runtimeapi.FilesystemUsage{images},
-		ContainerFilesystems: []*runtimeapi.FilesystemUsage{s.store.fsUsage(bytes, inodes)},
+		ImageFilesystems:     []*runtimeapi.FilesystemUsage{s.store.fsUsage(images)},
+		ContainerFilesystems: []*runtimeapi.FilesystemUsage{s.store.fsUsage(containers)},
 	}, nil
 }
 
-func (s *Store) fsUsage(bytes, inodes uint64) *runtimeapi.FilesystemUsage {
+func (s *Store) fsUsage(u Usage) *runtimeapi.FilesystemUsage {
 	return &runtimeapi.FilesystemUsage{
-		Timestamp:  time.Now().UnixNano(),
+		Timestamp:  u.At.UnixNano(),
 		FsId:       &runtimeapi.FilesystemIdentifier{Mountpoint: s.cfg.Root},
-		UsedBytes:  &runtimeapi.UInt64Value{Value: bytes},
-		InodesUsed: &runtimeapi.UInt64Value{Value: inodes},
+		UsedBytes:  &runtimeapi.UInt64Value{Value: u.Bytes},
+		InodesUsed: &runtimeapi.UInt64Value{Value: u.Inodes},
 	}
 }
 

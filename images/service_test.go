@@ -97,6 +97,7 @@ func TestService(t *testing.T) {
 func testFsInfo(t *testing.T, c runtimeapi.ImageServiceClient, s *Store, id string) {
 	t.Helper()
 	mount(t, s, "c", id)
+	measured(t, s, "c")
 	fs, err := c.ImageFsInfo(context.Background(), &runtimeapi.ImageFsInfoRequest{})
 	if err != nil || len(fs.ImageFilesystems) != 1 || len(fs.ContainerFilesystems) != 1 {
 		t.Fatalf("%v, %v", fs, err)

@@ -28,6 +28,7 @@ type Store struct {
 	ids     idMaps
 	mounter mounter
 	fetch   fetching
+	meter   *meter
 	life    lifetime
 
 	writeMu sync.Mutex // held over every change of image records, on disk and in the index
@@ -46,8 +47,8 @@ type fetching struct {
 type lifetime struct {
 	ctx    context.Context
 	end    context.CancelFunc
-	work   sync.WaitGroup // the background goroutine and running operations
-	kick   chan struct{}  // asks the background goroutine to look for unsynced layers
+	work   sync.WaitGroup // the background goroutines and running operations
+	kick   chan struct{}  // asks background to look for unsynced layers
 	mu     sync.Mutex
 	closed bool // guarded by mu
 }
@@ -76,7 +77,7 @@ func Open(cfg Config) (*Store, error) {
 		return nil, err
 	}
 	cfg.Root = root
-	s := &Store{cfg: cfg, log: cfg.Log.With("component", "images"), index: newIndex()}
+	s := &Store{cfg: cfg, log: cfg.Log.With("component", "images"), index: newIndex(), meter: newMeter()}
 	s.fetch.slots = make(chan struct{}, max(3, runtime.GOMAXPROCS(0)))
 	s.life.kick = make(chan struct{}, 1)
 	if s.lock, err = lockFile(s.path("lock")); err != nil {
@@ -96,6 +97,7 @@ func Open(cfg Config) (*Store, error) {
 	s.mounter = chooseMounter(s)
 	s.life.ctx, s.life.end = context.WithCancel(context.Background())
 	s.life.work.Go(func() { s.background(stale) })
+	s.life.work.Go(s.measureDue)
 	return s, nil
 }
 

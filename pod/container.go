@@ -83,7 +83,8 @@ type container struct {
 	exitedOnce sync.Once
 	// stopSent: the stop signal goes out once, since many programs take a second one as "now".
 	stopSent atomic.Bool
-	usage    usageCache
+	cpu      cpuMeter
+	memory   memoryEstimate
 }
 
 func newContainer(spec containerSpec, dir string, status containerStatus,

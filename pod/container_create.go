@@ -84,6 +84,10 @@ func (s *Service) makeContainer(ctx context.Context, p *pod, id string, config *
 	if spec.OCI, spec.NotApplied, err = ctr.BuildSpec(request); err != nil {
 		return err
 	}
+	if err := s.checkSupport(p, config, spec.OCI); err != nil {
+		return err
+	}
+	p.annotate(spec.OCI, "container")
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("the caller is gone: %w", err) // and would never learn the id
 	}
@@ -109,7 +113,7 @@ func (s *Service) specRequest(ctx context.Context, p *pod, spec *containerSpec, 
 	}
 	volumes, err := s.mountImageVolumes(ctx, spec, back)
 	if err != nil {
-		return ctr.SpecRequest{}, err
+		return ctr.SpecRequest{}, imageVolumeError{err}
 	}
 	namespaces, err := s.containerNamespaces(p, spec)
 	if err != nil {
@@ -135,7 +139,7 @@ func (s *Service) mountImageVolumes(ctx context.Context, spec *containerSpec, ba
 	for owner, m := range spec.imageVolumes() {
 		image, err := s.deps.Images.Get(m.GetImage().GetImage())
 		if err != nil {
-			return nil, fmt.Errorf("resolve image volume %q: %w", m.GetImage().GetImage(), err)
+			return nil, fmt.Errorf("resolve image volume %q at %s: %w", m.GetImage().GetImage(), m.GetContainerPath(), err)
 		}
 		back.push("image volume", func(context.Context) error { return s.deps.Images.UnmountImageVolume(owner) })
 		dir, err := s.deps.Images.MountImageVolume(ctx, owner, image.ID, m.GetImageSubPath())
@@ -160,10 +164,15 @@ func (s *Service) containerNamespaces(p *pod, spec *containerSpec) (ctr.Namespac
 		ns.PID = pin
 		return ns, err
 	default:
-		if !p.sharesPID() {
-			return ns, invalid("pid namespace mode POD: the sandbox was made with mode %s", p.namespaces().GetPid())
+		switch mode := p.namespaces().GetPid(); mode {
+		case runtimeapi.NamespaceMode_POD:
+			ns.PID = p.nsPath("pid")
+		case runtimeapi.NamespaceMode_NODE:
+			ns.HostPID = true // which is the pod's
+		default:
+			return ns, invalid("pid namespace mode POD: the sandbox was made with mode %s and has none to share; "+
+				"give both POD, or both CONTAINER", mode)
 		}
-		ns.PID = p.nsPath("pid")
 	}
 	return ns, nil
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -12,9 +13,12 @@ import (
 	"time"
 
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/coracle-cri/coracle/ctr"
+	"github.com/coracle-cri/coracle/rootless/nstest"
 )
 
 func eventually(t testing.TB, ok func() bool) {
@@ -37,11 +41,14 @@ func TestContainerLife(t *testing.T) {
 	if st.State != runtimeapi.ContainerState_CONTAINER_CREATED || st.CreatedAt <= 0 || st.StartedAt != 0 || st.Reason != "" {
 		t.Errorf("created: %v", st)
 	}
-	if st.Image.Image != testImage || st.ImageRef != testDigest || st.ImageId != testImageID || st.Annotations["a"] != "b" {
+	if st.Image.Image != testImage || st.ImageRef != testDigest || st.ImageId != testImageID || st.Annotations["note/app"] != " kept\nas is " || len(st.Annotations) != 2 {
 		t.Errorf("image: %v", st)
 	}
 	if st.StopSignal != runtimeapi.Signal_SIGNAL_SIGQUIT || st.User.Linux.Uid != 0 {
 		t.Errorf("stop signal %v, user %v", st.StopSignal, st.User)
+	}
+	if !strings.Contains(st.Message, "RAW") { // what is not as asked is told while the container lives
+		t.Errorf("message %q", st.Message)
 	}
 	if want := filepath.Join(h.logs, "p/app/0.log"); st.LogPath != want {
 		t.Errorf("log path %s", st.LogPath)
@@ -70,8 +77,8 @@ func TestContainerLife(t *testing.T) {
 
 func TestCreateContainerErrors(t *testing.T) {
 	h := newHarness(t)
-	pod := h.run(h.podConfig("p"))
-	h.create(pod, shell("taken", "exit 0"))
+	pod, other := h.run(h.podConfig("p")), h.run(h.podConfig("other"))
+	taken := h.create(pod, shell("taken", "exit 0"))
 	with := func(change func(*runtimeapi.ContainerConfig)) *runtimeapi.ContainerConfig {
 		c := shell("c", "exit 0")
 		change(c)
@@ -91,11 +98,30 @@ func TestCreateContainerErrors(t *testing.T) {
 		{"privileged", pod, with(func(c *runtimeapi.ContainerConfig) { c.Linux.SecurityContext.Privileged = true }), codes.InvalidArgument},
 		{"log path", pod, with(func(c *runtimeapi.ContainerConfig) { c.LogPath = "../../x" }), codes.InvalidArgument},
 		{"pid POD", pod, with(func(c *runtimeapi.ContainerConfig) { c.Linux.SecurityContext.NamespaceOptions.Pid = modePod }), codes.InvalidArgument},
+		{"network of the node in a pod with its own", pod, with(func(c *runtimeapi.ContainerConfig) {
+			c.Linux.SecurityContext.NamespaceOptions.Network = modeNode
+		}), codes.InvalidArgument},
+		{"ipc of the node in a pod with its own", pod, with(func(c *runtimeapi.ContainerConfig) { c.Linux.SecurityContext.NamespaceOptions.Ipc = modeNode }), codes.InvalidArgument},
+		{"network of its own", pod, with(func(c *runtimeapi.ContainerConfig) {
+			c.Linux.SecurityContext.NamespaceOptions.Network = modeContainer
+		}), codes.InvalidArgument},
+		{"no such target", pod, with(func(c *runtimeapi.ContainerConfig) {
+			c.Linux.SecurityContext.NamespaceOptions = &runtimeapi.NamespaceOption{Pid: modeTarget, TargetId: "nope"}
+		}), codes.InvalidArgument},
+		{"target that does not run", pod, with(func(c *runtimeapi.ContainerConfig) {
+			c.Linux.SecurityContext.NamespaceOptions = &runtimeapi.NamespaceOption{Pid: modeTarget, TargetId: taken}
+		}), codes.FailedPrecondition},
+		{"target of another pod", other, with(func(c *runtimeapi.ContainerConfig) {
+			c.Linux.SecurityContext.NamespaceOptions = &runtimeapi.NamespaceOption{Pid: modeTarget, TargetId: taken}
+		}), codes.InvalidArgument},
 		{"group without user", pod, with(func(c *runtimeapi.ContainerConfig) {
 			c.Linux.SecurityContext.RunAsGroup = &runtimeapi.Int64Value{Value: 1}
 		}), codes.InvalidArgument},
 		{"no such host path", pod, with(func(c *runtimeapi.ContainerConfig) {
 			c.Mounts = []*runtimeapi.Mount{{HostPath: "/no/such/path", ContainerPath: "/x"}}
+		}), codes.InvalidArgument},
+		{"unknown CDI device", pod, with(func(c *runtimeapi.ContainerConfig) {
+			c.CDIDevices = []*runtimeapi.CDIDevice{{Name: "vendor.com/gpu=0"}}
 		}), codes.InvalidArgument},
 		{"unknown image volume", pod, with(func(c *runtimeapi.ContainerConfig) {
 			c.Mounts = []*runtimeapi.Mount{{Image: &runtimeapi.ImageSpec{Image: testImage}, ContainerPath: "/a"},
@@ -115,6 +141,42 @@ func TestCreateContainerErrors(t *testing.T) {
 	wantCode(t, err, codes.Internal)
 	h.images.set("mount", nil)
 	h.create(pod, shell("c", "")) // and the name is free
+	again := shell("taken", "")
+	again.Metadata.Attempt = 1
+	h.create(pod, again)
+}
+
+// TestStatusTellsWhatIsInForce: and not what was asked for.
+func TestStatusTellsWhatIsInForce(t *testing.T) {
+	if nstest.IDs() == 1 {
+		t.Skip("this user has no subordinate ids: newuidmap or /etc/subuid is missing")
+	}
+	h := newHarness(t)
+	pod := h.run(h.podConfig("p"))
+	config := shell("c", "exit 0")
+	config.Image.UserSpecifiedImage = "app"
+	config.StopSignal = runtimeapi.Signal_SIGNAL_SIGUSR1
+	config.Mounts = []*runtimeapi.Mount{{HostPath: "/usr", ContainerPath: "/host", Readonly: true}}
+	sc := config.Linux.SecurityContext
+	sc.RunAsUser, sc.RunAsGroup, sc.SupplementalGroups = &runtimeapi.Int64Value{Value: 1000}, &runtimeapi.Int64Value{Value: 1001}, []int64{7}
+	config.Linux.Resources = &runtimeapi.LinuxContainerResources{OomScoreAdj: -1000, CpuShares: 512}
+	st := h.status(h.create(pod, config))
+	user := st.GetUser().GetLinux()
+	if user.GetUid() != 1000 || user.GetGid() != 1001 || !slices.Equal(user.GetSupplementalGroups(), []int64{7, 1001}) {
+		t.Errorf("user %v", user)
+	}
+	if st.StopSignal != runtimeapi.Signal_SIGNAL_SIGUSR1 || st.Image.UserSpecifiedImage != "app" || !proto.Equal(st.Mounts[0], config.Mounts[0]) {
+		t.Errorf("status %v", st)
+	}
+	// No runtime without root goes below its own score, and this harness delegates no controller.
+	if r := st.GetResources().GetLinux(); r.GetOomScoreAdj() != int64(h.cfg.Host.OOMScoreAdjMin) || r.GetCpuShares() != 0 {
+		t.Errorf("resources %v", r)
+	}
+	for _, word := range []string{"oom_score_adj -1000", "cpu shares 512"} {
+		if !strings.Contains(st.Message, word) {
+			t.Errorf("message %q does not say %q", st.Message, word)
+		}
+	}
 }
 
 func TestStartFailure(t *testing.T) {
@@ -311,4 +373,30 @@ func TestImageVolumes(t *testing.T) {
 	if _, err := h.RemoveContainer(h.ctx(), &runtimeapi.RemoveContainerRequest{ContainerId: id}); err != nil || len(h.images.volumes) != 0 {
 		t.Errorf("%v: left %v", err, h.images.volumes)
 	}
+}
+
+// TestImageVolumeFailures: the kubelet tells them by the beginning of the message, people by the rest.
+func TestImageVolumeFailures(t *testing.T) {
+	h := newHarness(t)
+	pod := h.run(h.podConfig("p"))
+	volume := func(image, sub string) *runtimeapi.ContainerConfig {
+		c := shell("c", "exit 0")
+		c.Mounts = []*runtimeapi.Mount{{ContainerPath: "/v", Image: &runtimeapi.ImageSpec{Image: image}, ImageSubPath: sub}}
+		return c
+	}
+	for _, tc := range []struct {
+		config *runtimeapi.ContainerConfig
+		says   string
+	}{{volume("nope", ""), "nope"}, {volume(testImage, missingSubPath), missingSubPath}} {
+		_, err := h.tryCreate(pod, tc.config)
+		wantCode(t, err, codes.NotFound)
+		if text := status.Convert(err).Message(); !strings.HasPrefix(text, "ImageVolumeMountFailed: ") || !strings.Contains(text, tc.says) || !strings.Contains(text, "/v") {
+			t.Errorf("message %q", text)
+		}
+		if len(h.images.volumes)+len(h.images.mounted) > 0 {
+			t.Errorf("left %v %v", h.images.volumes, h.images.mounted)
+		}
+	}
+	_, err := h.tryCreate(pod, volume("", ""))
+	wantCode(t, err, codes.InvalidArgument) // neither an image nor a path
 }

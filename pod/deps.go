@@ -86,6 +86,8 @@ func (k keeperContainers) Exec(ctx context.Context, req ctr.ExecRequest) (Sessio
 type Network interface {
 	Attacher
 	NodeSockets
+	// Usage is the traffic of each attached pod's default interface, by pod id, from one dump of the node's interfaces.
+	Usage() (map[string]netslirp.Traffic, error)
 	// Ready is nil while pods can be attached.
 	Ready() error
 	// Info says for people which driver serves and how.
@@ -125,8 +127,8 @@ type Images interface {
 type Rootfs interface {
 	MountRootfs(ctx context.Context, containerID, imageID string) (string, error)
 	UnmountRootfs(containerID string) error
-	// RootfsUsage reads the whole writable layer: it lasts longer, the more is in it.
-	RootfsUsage(containerID string) (bytes, inodes uint64, err error)
+	// RootfsUsage tells from memory what was measured last; until ctx ends it waits for what never was.
+	RootfsUsage(ctx context.Context, containerID string) (images.Usage, error)
 	// MountImageVolume: ownerID names one volume.
 	MountImageVolume(ctx context.Context, ownerID, imageID, subPath string) (string, error)
 	UnmountImageVolume(ownerID string) error
@@ -142,5 +144,14 @@ type Cgroups interface {
 	SetCPUShares(path string, shares uint64) error
 	// RemovePod kills what is in it and removes it. Idempotent.
 	RemovePod(path string) error
+	CgroupStats
+}
+
+// CgroupStats reads what the kernel counts. cgroupv2.ErrNotFound where there is no such cgroup, or no longer.
+type CgroupStats interface {
+	// Stats is what is asked for often, Details is all.
 	Stats(path string) (cgroupv2.Stats, error)
+	Details(path string) (cgroupv2.Stats, error)
+	// Processes lists those in the cgroup and below it.
+	Processes(path string) ([]int, error)
 }

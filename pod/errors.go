@@ -8,6 +8,7 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	crierrors "k8s.io/cri-api/pkg/errors"
 
 	"github.com/coracle-cri/coracle/cgroupv2"
 	"github.com/coracle-cri/coracle/ctr"
@@ -85,6 +86,11 @@ var grpcCodes = []struct {
 	{context.Canceled, codes.Canceled},
 }
 
+// imageVolumeError marks what went wrong with an image volume.
+type imageVolumeError struct{ error }
+
+func (e imageVolumeError) Unwrap() error { return e.error }
+
 // grpcError is the one place where an error becomes a gRPC status.
 func grpcError(err error) error {
 	if err == nil {
@@ -93,12 +99,17 @@ func grpcError(err error) error {
 	if _, ok := status.FromError(err); ok {
 		return err // cri-streaming answers with statuses of its own
 	}
+	text := err.Error()
+	if volume := (imageVolumeError{}); errors.As(err, &volume) {
+		// The kubelet tells these failures by how the message begins (k8s.io/cri-api/pkg/errors).
+		text = crierrors.ErrImageVolumeMountFailed.Error() + ": " + text
+	}
 	for _, c := range grpcCodes {
 		if errors.Is(err, c.err) {
-			return status.Error(c.code, err.Error())
+			return status.Error(c.code, text)
 		}
 	}
-	return status.Error(codes.Internal, err.Error())
+	return status.Error(codes.Internal, text)
 }
 
 // answer ends every RPC: a response, or a status.

@@ -70,6 +70,16 @@ func newFakeKeeper() *fakeKeeper {
 	return &fakeKeeper{boot: 1, procs: map[string]*fakeProc{}, more: make(chan struct{}), lost: make(chan struct{}), fail: map[string]error{}}
 }
 
+// request is what a container was made of.
+func (k *fakeKeeper) request(id string) ctr.CreateRequest {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if p := k.procs[id]; p != nil {
+		return p.req
+	}
+	return ctr.CreateRequest{}
+}
+
 // failure returns the error that a test wants of op.
 func (k *fakeKeeper) failure(op string) error {
 	k.mu.Lock()

@@ -10,6 +10,8 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -139,6 +141,20 @@ func (n *fakeNetwork) ListenNode(addr string) (l net.Listener, err error) {
 	return l, errors.Join(err, nsErr)
 }
 
+// Usage counts a byte in for each attached pod.
+func (n *fakeNetwork) Usage() (map[string]netslirp.Traffic, error) {
+	if err := n.get("usage"); err != nil {
+		return nil, err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	usage := map[string]netslirp.Traffic{}
+	for id := range n.attached {
+		usage[id] = netslirp.Traffic{Name: "eth0", RxBytes: 1, RxPackets: 2, RxErrors: 3, RxDropped: 4, TxBytes: 5, TxPackets: 6, TxErrors: 7, TxDropped: 8}
+	}
+	return usage, nil
+}
+
 func (n *fakeNetwork) Ready() error            { return n.get("ready") }
 func (n *fakeNetwork) Info() map[string]string { return map[string]string{"driver": "fake"} }
 
@@ -177,9 +193,13 @@ type fakeImages struct {
 	root    string
 	mounted map[string]bool
 	volumes map[string]bool
+	// unmeasured: nobody has measured a writable layer yet, nor does so now.
+	unmeasured bool
 }
 
 const (
+	missingSubPath = "no/such/path"
+
 	testImage   = "registry.test/app:1"
 	testImageID = "sha256:1111111111111111111111111111111111111111111111111111111111111111"
 	testDigest  = "registry.test/app@sha256:2222222222222222222222222222222222222222222222222222222222222222"
@@ -219,16 +239,24 @@ func (f *fakeImages) UnmountRootfs(id string) error {
 	return os.RemoveAll(filepath.Join(f.root, id))
 }
 
-func (f *fakeImages) RootfsUsage(id string) (bytes, inodes uint64, err error) {
-	err = filepath.Walk(filepath.Join(f.root, id), func(_ string, st os.FileInfo, err error) error {
+func (f *fakeImages) RootfsUsage(ctx context.Context, id string) (images.Usage, error) {
+	if err := f.get("usage"); err != nil {
+		return images.Usage{}, err
+	}
+	if f.unmeasured {
+		<-ctx.Done()
+		return images.Usage{}, ctx.Err()
+	}
+	usage := images.Usage{At: time.Now().Add(-time.Second)}
+	err := filepath.Walk(filepath.Join(f.root, id), func(_ string, st os.FileInfo, err error) error {
 		if err != nil {
 			return err
 		}
-		bytes += uint64(st.Size())
-		inodes++
+		usage.Bytes += uint64(st.Size())
+		usage.Inodes++
 		return nil
 	})
-	return bytes, inodes, err
+	return usage, err
 }
 
 func (f *fakeImages) MountImageVolume(_ context.Context, owner, _, sub string) (string, error) {
@@ -236,6 +264,9 @@ func (f *fakeImages) MountImageVolume(_ context.Context, owner, _, sub string) (
 	defer f.mu.Unlock()
 	if f.volumes[owner] {
 		return "", fmt.Errorf("%w: volume %s", images.ErrExists, owner)
+	}
+	if sub == missingSubPath {
+		return "", fmt.Errorf("sub path %s: the image has no such path: %w", sub, images.ErrNotFound)
 	}
 	f.volumes[owner] = true
 	dir := filepath.Join(f.root, "volume-"+owner, sub)
@@ -262,13 +293,19 @@ func (f *fakeImages) Reconcile(live map[string]bool) error {
 	return nil
 }
 
-// fakeCgroups keeps directories.
+// fakeCgroups keeps directories, and counts CPU time by the call. A container's process is the one whose id a test
+// puts into pids.
 type fakeCgroups struct {
 	failures
-	root string
+	root   string
+	absent bool // the node has none
+	// counted is what Details answers; Stats answers its part of it. With nil there is CPU time only.
+	counted *cgroupv2.Stats
+	calls   atomic.Uint64
+	pids    map[string][]int // by path
 }
 
-func (c *fakeCgroups) Usable() bool { return true }
+func (c *fakeCgroups) Usable() bool { return !c.absent }
 
 func (c *fakeCgroups) MakePod(parent, podID string) (string, error) {
 	if err := c.get("make"); err != nil {
@@ -294,12 +331,39 @@ func (c *fakeCgroups) SetCPUShares(path string, shares uint64) error {
 
 func (c *fakeCgroups) RemovePod(path string) error { return os.RemoveAll(filepath.Join(c.root, path)) }
 
-func (c *fakeCgroups) Stats(path string) (cgroupv2.Stats, error) {
+func (c *fakeCgroups) Details(path string) (cgroupv2.Stats, error) {
+	if err := errors.Join(c.get("stats"), c.get("stats of "+path)); err != nil {
+		return cgroupv2.Stats{}, err
+	}
 	if !strings.HasPrefix(path, "/pods/pod") {
 		return cgroupv2.Stats{}, cgroupv2.ErrNotFound
 	}
-	cpu := uint64(42)
-	return cgroupv2.Stats{CPUUsageNanos: &cpu, CPUPressure: &cgroupv2.Pressure{}}, nil
+	cpu := c.calls.Add(1) * uint64(time.Second)
+	if c.counted == nil {
+		return cgroupv2.Stats{CPU: cgroupv2.CPU{Usage: &cpu}, CPUPressure: &cgroupv2.Pressure{}}, nil
+	}
+	st := *c.counted
+	st.CPU.Usage = &cpu
+	return st, nil
+}
+
+func (c *fakeCgroups) Stats(path string) (cgroupv2.Stats, error) {
+	st, err := c.Details(path)
+	st.IO, st.Tasks, st.TasksMax = nil, nil, nil
+	return st, err
+}
+
+func (c *fakeCgroups) Processes(path string) ([]int, error) {
+	if err := c.get("processes"); err != nil {
+		return nil, err
+	}
+	var pids []int
+	for p, list := range c.pids {
+		if p == path || strings.HasPrefix(p, path+"/") {
+			pids = append(pids, list...)
+		}
+	}
+	return pids, nil
 }
 
 // pods returns the cgroups that are left.

@@ -2,7 +2,6 @@ package pod
 
 import (
 	"context"
-	"errors"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -18,6 +17,7 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/coracle-cri/coracle/ctr"
 	"github.com/coracle-cri/coracle/images/protofuzz"
 )
 
@@ -50,7 +50,7 @@ func newFuzzNode(f *testing.F) *fuzzNode {
 	n.cfg.Log = slog.New(slog.DiscardHandler) // a fuzz target may not log to f
 	n.restart(nil)
 	// The fake keeper runs commands as processes of this machine: those of a fuzzer are not to be among them.
-	n.keeper.setFailure("exec", errors.New("not in a fuzz test"))
+	n.keeper.setFailure("exec", ctr.ErrNotRunning)
 	return n
 }
 
@@ -152,8 +152,18 @@ func (n *fuzzNode) nothingLeft(t *testing.T) {
 	if n.images.volumes != nil && len(n.images.volumes) > 0 {
 		t.Fatalf("image volumes left: %v", n.images.volumes)
 	}
-	if err := os.RemoveAll(n.logs); err != nil {
+	logs, err := os.ReadDir(n.logs)
+	if err != nil {
 		t.Fatal(err)
+	}
+	for _, e := range logs {
+		// Log directories are the caller's to remove; that of the pod which stays is in use.
+		if e.Name() == "fuzz" {
+			continue
+		}
+		if err := os.RemoveAll(filepath.Join(n.logs, e.Name())); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 
@@ -230,17 +240,8 @@ func fuzzUnary[T, R any, P request[T]](f *testing.F, method func(*Service, conte
 	}, seeds...)
 }
 
-// sink takes what a method streams.
-type sink[T any] struct {
-	grpc.ServerStream
-	ctx context.Context
-}
-
-func (s sink[T]) Context() context.Context { return s.ctx }
-func (s sink[T]) Send(*T) error            { return nil }
-
 // fuzzStream is fuzzRPC for a method that streams.
 func fuzzStream[T, R any, P request[T]](f *testing.F, method func(*Service, P, grpc.ServerStreamingServer[R]) error, seeds ...P) {
 	f.Helper()
-	fuzzRPC(f, func(s *Service, ctx context.Context, req P) error { return method(s, req, sink[R]{ctx: ctx}) }, seeds...)
+	fuzzRPC(f, func(s *Service, ctx context.Context, req P) error { return method(s, req, &sink[R]{ctx: ctx}) }, seeds...)
 }

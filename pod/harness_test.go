@@ -141,7 +141,7 @@ func shell(name, script string) *runtimeapi.ContainerConfig {
 	return &runtimeapi.ContainerConfig{
 		Metadata: &runtimeapi.ContainerMetadata{Name: name}, Image: &runtimeapi.ImageSpec{Image: testImage},
 		Command: []string{"/bin/sh", "-c", script}, LogPath: name + "/0.log",
-		Labels: map[string]string{"name": name}, Annotations: map[string]string{"a": "b"},
+		Labels: map[string]string{"name": name}, Annotations: map[string]string{"a": "b", "note/" + name: " kept\nas is "},
 		Linux: &runtimeapi.LinuxContainerConfig{SecurityContext: &runtimeapi.LinuxContainerSecurityContext{
 			NamespaceOptions: &runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_CONTAINER},
 		}},

@@ -10,12 +10,8 @@ import (
 
 // listPods returns the pods that pass every part of the filter, oldest first.
 func (s *Service) listPods(f *runtimeapi.PodSandboxFilter) []*runtimeapi.PodSandbox {
-	pods := s.index.allPods()
-	slices.SortFunc(pods, func(a, b *pod) int {
-		return cmp.Or(a.spec.CreatedAt.Compare(b.spec.CreatedAt), cmp.Compare(a.spec.ID, b.spec.ID))
-	})
 	var out []*runtimeapi.PodSandbox
-	for _, p := range pods {
+	for _, p := range s.sortedPods() {
 		state := p.status.snapshot().state()
 		if !strings.HasPrefix(p.spec.ID, f.GetId()) ||
 			f.GetState() != nil && f.GetState().GetState() != state ||
@@ -29,6 +25,14 @@ func (s *Service) listPods(f *runtimeapi.PodSandboxFilter) []*runtimeapi.PodSand
 		})
 	}
 	return out
+}
+
+func (s *Service) sortedPods() []*pod {
+	all := s.index.allPods()
+	slices.SortFunc(all, func(a, b *pod) int {
+		return cmp.Or(a.spec.CreatedAt.Compare(b.spec.CreatedAt), cmp.Compare(a.spec.ID, b.spec.ID))
+	})
+	return all
 }
 
 // listContainers returns the containers that pass every part of the filter, oldest first.

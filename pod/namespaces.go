@@ -7,10 +7,10 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"strconv"
-	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/coracle-cri/coracle/ctr"
 )
 
 // A nsSet says which namespaces to make, where to pin each, and what to write inside.
@@ -119,16 +119,8 @@ func pinPID(pid int, start uint64, pin string) error {
 
 // startTime reads field 22 of /proc/PID/stat. The second field, in parentheses, may hold anything.
 func startTime(pid int) (uint64, error) {
-	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0, fmt.Errorf("read start time: %w", err)
-	}
-	stat := string(raw)
-	fields := strings.Fields(stat[strings.LastIndexByte(stat, ')')+1:])
-	if len(fields) < 20 {
-		return 0, fmt.Errorf("read start time of %d: %d fields", pid, len(fields))
-	}
-	return strconv.ParseUint(fields[19], 10, 64)
+	p, err := ctr.ReadProcess(pid)
+	return p.Start, err
 }
 
 // unpin unmounts everything that is mounted on path, and deletes it. Idempotent.

@@ -1,12 +1,14 @@
 package pod
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
 )
 
 // TestNamespaces asks the kernel what is inside of the pinned namespaces.
@@ -68,6 +70,68 @@ func TestNamespaces(t *testing.T) {
 	if entries, _ := os.ReadDir(filepath.Join(dir, "ns")); len(entries) > 0 {
 		t.Errorf("left: %v", entries)
 	}
+}
+
+// TestKubernetesSafeSysctls: each of those that the kubelet admits without being told to.
+func TestKubernetesSafeSysctls(t *testing.T) {
+	sysctls := map[string]string{
+		"kernel.shm_rmid_forced": "1", "net.ipv4.ip_local_port_range": "20000\t30000", "net.ipv4.tcp_syncookies": "0",
+		"net.ipv4.ping_group_range": "0\t0", "net.ipv4.ip_unprivileged_port_start": "0", "net.ipv4.ip_local_reserved_ports": "8080,9000-9010",
+		"net.ipv4.tcp_keepalive_time": "600", "net.ipv4.tcp_fin_timeout": "30", "net.ipv4.tcp_keepalive_intvl": "60",
+		"net.ipv4.tcp_keepalive_probes": "5", "net.ipv4.tcp_rmem": "4096\t87380\t1048576", "net.ipv4.tcp_wmem": "4096\t16384\t1048576",
+	}
+	dir := t.TempDir()
+	set := nsSet{sysctls: sysctls, hostname: "p", kinds: []nsKind{
+		{"net", unix.CLONE_NEWNET, filepath.Join(dir, "ns/net")}, {"ipc", unix.CLONE_NEWIPC, filepath.Join(dir, "ns/ipc")},
+	}}
+	if err := validateSysctls(sysctls, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := set.make(); err != nil {
+		t.Fatal(err)
+	}
+	err := onOwnThread(func() error {
+		for _, k := range set.kinds {
+			fd, err := unix.Open(k.pin, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+			if err != nil {
+				return err
+			}
+			if err := errors.Join(unix.Setns(fd, k.flag), unix.Close(fd)); err != nil {
+				return err
+			}
+		}
+		for name, got := range readSysctls(t, sysctls) {
+			if got != sysctls[name] {
+				t.Errorf("%s: %q, want %q", name, got, sysctls[name])
+			}
+		}
+		return nil
+	})
+	if err := errors.Join(err, unmountPodDir(dir)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestSysctlsThatTheKernelRefuses: the answer says whose they are, and that the request, not the runtime, is to change.
+func TestSysctlsThatTheKernelRefuses(t *testing.T) {
+	for name, c := range map[string]struct{ value, says string }{
+		"net.ipv4.tcp_mem":                          {"1 2 3", "whole machine"},
+		"net.ipv4.conf.eth7.rp_filter":              {"1", "none of this name"},
+		"net.ipv4.tcp_available_congestion_control": {"reno", "root"},
+		"net.ipv4.tcp_fin_timeout":                  {"soon", `"soon"`},
+	} {
+		err := onOwnThread(func() error {
+			if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+				return err
+			}
+			return writeSysctls(map[string]string{name: c.value})
+		})
+		wantCode(t, grpcError(err), codes.InvalidArgument)
+		if err == nil || !strings.Contains(err.Error(), c.says) || !strings.Contains(err.Error(), name) {
+			t.Errorf("%s: %v does not say %q", name, err, c.says)
+		}
+	}
+	wantCode(t, grpcError(whyNoSysctl("net.x", unix.EROFS)), codes.FailedPrecondition)
 }
 
 func readSysctls(t *testing.T, names map[string]string) map[string]string {

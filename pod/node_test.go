@@ -57,34 +57,6 @@ func TestStatus(t *testing.T) {
 	if h.network.cidr != "10.1.0.0/16" {
 		t.Errorf("cidr %q", h.network.cidr)
 	}
-	_, err = h.PodSandboxStats(h.ctx(), &runtimeapi.PodSandboxStatsRequest{})
-	wantCode(t, err, codes.Unimplemented)
-}
-
-func TestStats(t *testing.T) {
-	h := newHarness(t)
-	pod := h.run(h.podConfig("p"))
-	id := h.launchIn(pod, "c", "sleep 1000")
-	ended := h.launchIn(pod, "ended", "exit 0")
-	h.exited(ended)
-	resp, err := h.ContainerStats(h.ctx(), &runtimeapi.ContainerStatsRequest{ContainerId: id})
-	if err != nil {
-		t.Fatal(err)
-	}
-	st := resp.Stats
-	if st.Cpu.UsageCoreNanoSeconds.Value != 42 || st.Cpu.Psi == nil || st.Memory != nil || st.WritableLayer.UsedBytes.Value == 0 || st.Attributes.Id != id {
-		t.Errorf("%v", st)
-	}
-	list, err := h.ListContainerStats(h.ctx(), &runtimeapi.ListContainerStatsRequest{})
-	if err != nil || len(list.Stats) != 1 || list.Stats[0].Attributes.Id != id {
-		t.Errorf("%v %v", list, err)
-	}
-	list, err = h.ListContainerStats(h.ctx(), &runtimeapi.ListContainerStatsRequest{Filter: &runtimeapi.ContainerStatsFilter{LabelSelector: map[string]string{"name": "x"}}})
-	if err != nil || len(list.Stats) != 0 {
-		t.Errorf("%v %v", list, err)
-	}
-	_, err = h.ContainerStats(h.ctx(), &runtimeapi.ContainerStatsRequest{ContainerId: "nope"})
-	wantCode(t, err, codes.NotFound)
 }
 
 func TestVerbose(t *testing.T) {
@@ -167,7 +139,10 @@ func (h *harness) worker(name string, attempt uint32, how int) {
 			} else if _, err := h.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: id, Timeout: int64(i)}); err != nil {
 				h.t.Error(err)
 			}
-			if _, err := h.ListContainerStats(ctx, &runtimeapi.ListContainerStatsRequest{}); err != nil {
+			if _, err := h.ListPodSandboxStats(ctx, &runtimeapi.ListPodSandboxStatsRequest{}); err != nil {
+				h.t.Error(err)
+			}
+			if _, err := h.ListPodSandboxMetrics(ctx, &runtimeapi.ListPodSandboxMetricsRequest{}); err != nil {
 				h.t.Error(err)
 			}
 		})

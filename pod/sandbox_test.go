@@ -6,12 +6,15 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -25,17 +28,21 @@ const (
 func TestValidatePod(t *testing.T) {
 	type config = runtimeapi.PodSandboxConfig
 	security := func(c *config) *runtimeapi.LinuxSandboxSecurityContext { return c.Linux.SecurityContext }
+	idMapping := []*runtimeapi.IDMapping{{HostId: 65536, Length: 65536}}
+	userns := func(uids, gids []*runtimeapi.IDMapping) func(*config) {
+		return func(c *config) {
+			security(c).NamespaceOptions.UsernsOptions = &runtimeapi.UserNamespace{Mode: modePod, Uids: uids, Gids: gids}
+		}
+	}
 	for _, tc := range []struct {
-		name    string
-		handler string
-		change  func(*config)
-		want    codes.Code
-		says    string
+		name   string
+		change func(*config)
+		want   codes.Code
+		says   string
 	}{
 		{name: "as it is", change: func(*config) {}},
 		{name: "no linux part", change: func(c *config) { c.Linux = nil }},
 		{name: "no hostname", change: func(c *config) { c.Hostname = "" }},
-		{name: "unknown handler", handler: "gvisor", change: func(*config) {}, want: codes.InvalidArgument, says: "gvisor"},
 		{name: "no metadata", change: func(c *config) { c.Metadata = nil }, want: codes.InvalidArgument},
 		{name: "no uid", change: func(c *config) { c.Metadata.Uid = "" }, want: codes.InvalidArgument, says: "uid"},
 		{name: "no name", change: func(c *config) { c.Metadata.Name = "" }, want: codes.InvalidArgument},
@@ -57,9 +64,13 @@ func TestValidatePod(t *testing.T) {
 		{name: "userns NODE with mappings", change: func(c *config) {
 			security(c).NamespaceOptions.UsernsOptions = &runtimeapi.UserNamespace{Mode: modeNode, Uids: []*runtimeapi.IDMapping{{Length: 1}}}
 		}, want: codes.InvalidArgument},
-		{name: "userns POD", change: func(c *config) {
-			security(c).NamespaceOptions.UsernsOptions = &runtimeapi.UserNamespace{Mode: modePod, Uids: []*runtimeapi.IDMapping{{HostId: 65536, Length: 65536}}}
-		}, want: codes.Unimplemented, says: "hostUsers"},
+		{name: "userns POD, a mapping each", change: userns(idMapping, idMapping), want: codes.Unimplemented, says: "hostUsers"},
+		{name: "userns POD without mappings", change: userns(nil, nil), want: codes.Unimplemented, says: "hostUsers"},
+		{name: "userns POD, two mappings", change: userns(append(idMapping, idMapping...), idMapping), want: codes.InvalidArgument, says: "2 mappings in uids"},
+		{name: "userns POD, no gids", change: userns(idMapping, nil), want: codes.InvalidArgument, says: "0 mappings in gids"},
+		{name: "userns POD, root not mapped", change: userns(idMapping, []*runtimeapi.IDMapping{{ContainerId: 1, HostId: 1, Length: 9}}),
+			want: codes.InvalidArgument, says: "container id 1 in gids"},
+		{name: "userns POD, empty mapping", change: userns([]*runtimeapi.IDMapping{{HostId: 1}}, idMapping), want: codes.InvalidArgument, says: "0 ids"},
 		{name: "userns CONTAINER", change: func(c *config) {
 			security(c).NamespaceOptions.UsernsOptions = &runtimeapi.UserNamespace{Mode: modeContainer}
 		}, want: codes.InvalidArgument},
@@ -80,6 +91,11 @@ func TestValidatePod(t *testing.T) {
 			security(c).NamespaceOptions.Ipc = modeNode
 			c.Linux.Sysctls = map[string]string{"kernel.shmmax": "1"}
 		}, want: codes.InvalidArgument},
+		{name: "cgroup parent", change: func(c *config) { c.Linux.CgroupParent = "/kubepods/burstable/poduid" }},
+		{name: "cgroup parent that is a slice", change: func(c *config) { c.Linux.CgroupParent = "kubepods-burstable.slice" },
+			want: codes.InvalidArgument, says: "cgroupDriver: cgroupfs"},
+		{name: "cgroup parent that is a path of slices", change: func(c *config) { c.Linux.CgroupParent = "/kubepods.slice/kubepods-burstable.slice" },
+			want: codes.InvalidArgument, says: "kubepods-burstable.slice"},
 		{name: "port 70000", change: func(c *config) { c.PortMappings = []*runtimeapi.PortMapping{{HostPort: 70000, ContainerPort: 80}} }, want: codes.InvalidArgument},
 		{name: "no container port", change: func(c *config) { c.PortMappings = []*runtimeapi.PortMapping{{HostPort: 80}} }, want: codes.InvalidArgument},
 		{name: "no host port", change: func(c *config) {
@@ -99,7 +115,7 @@ func TestValidatePod(t *testing.T) {
 			c := (&harness{}).podConfig("p")
 			c.LogDirectory = "/logs"
 			tc.change(c)
-			err := grpcError(validatePod(c, tc.handler))
+			err := grpcError(validatePod(c))
 			wantCode(t, err, tc.want)
 			if err != nil && !strings.Contains(err.Error(), tc.says) {
 				t.Errorf("%v does not say %q", err, tc.says)
@@ -325,6 +341,50 @@ func TestHostNamespaces(t *testing.T) {
 	c := shell("c", "exit 0")
 	c.Linux.SecurityContext.NamespaceOptions = config.Linux.SecurityContext.NamespaceOptions
 	h.start(h.create(id, c))
+	// One that says nothing has what the pod has.
+	plain := shell("plain", "exit 0")
+	plain.Linux = nil
+	got, err := h.index.container(h.create(id, plain))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if kinds := got.spec.OCI.Linux.Namespaces; slices.ContainsFunc(kinds, func(n specs.LinuxNamespace) bool { return n.Type == specs.PIDNamespace }) {
+		t.Errorf("namespaces %v, want the node's pid namespace", kinds)
+	}
+}
+
+// TestSandboxResources: the cgroup is below the kubelet's, the resources are kept for who asks. And an attempt is another pod.
+func TestSandboxResources(t *testing.T) {
+	h := newHarness(t)
+	config := h.podConfig("p")
+	config.Linux.CgroupParent = "/kubepods/burstable"
+	config.Linux.Overhead, config.Linux.Resources = &runtimeapi.LinuxContainerResources{CpuShares: 7}, &runtimeapi.LinuxContainerResources{CpuShares: 2048}
+	for attempt := range uint32(2) {
+		config.Metadata.Attempt = attempt
+		id := h.run(proto.CloneOf(config))
+		p, err := h.index.pod(id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := p.status.snapshot().Cgroup; got != "/kubepods/burstable/pod"+id {
+			t.Errorf("cgroup %s", got)
+		}
+		if linux := p.spec.Config.GetLinux(); linux.GetOverhead().GetCpuShares() != 7 || linux.GetResources().GetCpuShares() != 2048 {
+			t.Errorf("recorded %v", linux)
+		}
+	}
+}
+
+// TestSandboxIsChecked: RunPodSandbox asks ctr what no sandbox can have.
+func TestSandboxIsChecked(t *testing.T) {
+	h := newHarness(t)
+	config := h.podConfig("labelled")
+	config.Linux.SecurityContext.SelinuxOptions = &runtimeapi.SELinuxOption{Level: "s0:c1,c2"}
+	_, err := h.tryRun(config)
+	wantCode(t, err, codes.FailedPrecondition)
+	if err == nil || !strings.Contains(err.Error(), "selinux_options") {
+		t.Errorf("%v does not say what is wrong", err)
+	}
 }
 
 // TestSharedPID: the pause process holds the namespace, and the pod is not ready without it.

@@ -20,9 +20,10 @@ type Config struct {
 	Version    string // of the program, semver
 	StreamAddr string // host:port of the streaming server; port 0 takes a free one
 	Host       ctr.Host
-	Policy     string            // what happens to limits that cannot be applied; shown in Status
-	Conditions []Condition       // what the host lacks, shown in Status
-	SysInfo    map[string]string // shown in Status when verbose
+	Handlers   map[string]Handler // runtime handlers beside the default one, by name
+	Policy     string             // what happens to limits that cannot be applied; shown in Status
+	Conditions []Condition        // what the host lacks, shown in Status
+	SysInfo    map[string]string  // shown in Status when verbose
 	Log        *slog.Logger
 }
 
@@ -192,28 +193,6 @@ func (s *Service) Attach(_ context.Context, req *runtimeapi.AttachRequest) (*run
 // PortForward returns a URL, good for one use, at which ports on a pod's loopback are reached.
 func (s *Service) PortForward(_ context.Context, req *runtimeapi.PortForwardRequest) (*runtimeapi.PortForwardResponse, error) {
 	return answer(s.portForwardURL(req))
-}
-
-// ContainerStats tells what a container uses; what the node does not count is left out.
-func (s *Service) ContainerStats(_ context.Context, req *runtimeapi.ContainerStatsRequest) (*runtimeapi.ContainerStatsResponse, error) {
-	return answer(s.containerStats(req.GetContainerId()))
-}
-
-// ListContainerStats tells what each running container uses.
-func (s *Service) ListContainerStats(ctx context.Context, req *runtimeapi.ListContainerStatsRequest) (*runtimeapi.ListContainerStatsResponse, error) {
-	stats, err := s.listContainerStats(ctx, req.GetFilter())
-	return answer(&runtimeapi.ListContainerStatsResponse{Stats: stats}, err)
-}
-
-// StreamContainerStats is ListContainerStats in several messages.
-func (s *Service) StreamContainerStats(req *runtimeapi.StreamContainerStatsRequest, out runtimeapi.RuntimeService_StreamContainerStatsServer) error {
-	stats, err := s.listContainerStats(out.Context(), req.GetFilter())
-	if err != nil {
-		return grpcError(err)
-	}
-	return stream(stats, func(chunk []*runtimeapi.ContainerStats) error {
-		return out.Send(&runtimeapi.StreamContainerStatsResponse{ContainerStats: chunk})
-	})
 }
 
 // seconds converts a CRI timeout without overflow; what is negative is none.

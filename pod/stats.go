@@ -2,175 +2,154 @@ package pod
 
 import (
 	"context"
-	"errors"
-	"path/filepath"
+	"slices"
 	"strings"
-	"sync"
-	"time"
 
 	"golang.org/x/sync/errgroup"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
-
-	"github.com/coracle-cri/coracle/cgroupv2"
-	"github.com/coracle-cri/coracle/images"
 )
 
-// usageTTL is the age up to which the size of a writable layer is told again: to find it, the layer is read
-// whole. It is the period in which the kubelet asks.
-const usageTTL = 10 * time.Second
-
-// statsParallel bounds how many containers are looked at side by side.
+// statsParallel bounds how many pods or containers are looked at side by side.
 const statsParallel = 4
 
-// usageCache is the last known size of a container's writable layer.
-type usageCache struct {
-	mu            sync.Mutex // held while the layer is read: who asks meanwhile wants the same answer
-	at            time.Time
-	bytes, inodes uint64
-}
-
-func (s *Service) containerStats(id string) (*runtimeapi.ContainerStatsResponse, error) {
+func (s *Service) containerStats(ctx context.Context, id string) (*runtimeapi.ContainerStatsResponse, error) {
 	c, err := s.index.container(id)
 	if err != nil {
 		return nil, err
 	}
-	stats, err := s.gather(c)
+	v, done := s.survey(ctx)
+	defer done()
+	stats, err := v.ofContainer(c)
 	return &runtimeapi.ContainerStatsResponse{Stats: stats}, err
 }
 
-// listContainerStats "returns stats of all running containers". One that goes while it is looked at is left out.
+// listContainerStats "returns stats of all running containers".
 func (s *Service) listContainerStats(ctx context.Context, f *runtimeapi.ContainerStatsFilter) ([]*runtimeapi.ContainerStats, error) {
-	var running []*container
-	for _, c := range s.sortedContainers("") {
-		if c.status.snapshot().running() &&
-			strings.HasPrefix(c.spec.ID, f.GetId()) && strings.HasPrefix(c.spec.PodID, f.GetPodSandboxId()) &&
-			hasLabels(c.spec.Config.GetLabels(), f.GetLabelSelector()) {
-			running = append(running, c)
-		}
+	chosen := slices.DeleteFunc(s.sortedContainers(""), func(c *container) bool {
+		return !c.status.snapshot().running() ||
+			!strings.HasPrefix(c.spec.ID, f.GetId()) || !strings.HasPrefix(c.spec.PodID, f.GetPodSandboxId()) ||
+			!hasLabels(c.spec.Config.GetLabels(), f.GetLabelSelector())
+	})
+	v, done := s.survey(ctx)
+	defer done()
+	return lookAtAll(ctx, chosen, func(c *container) *runtimeapi.ContainerStats {
+		stats, err := v.ofContainer(c)
+		return told(v, "container", c.spec.ID, stats, err)
+	})
+}
+
+func (s *Service) podStats(ctx context.Context, id string) (*runtimeapi.PodSandboxStatsResponse, error) {
+	p, err := s.index.pod(id)
+	if err != nil {
+		return nil, err
 	}
-	all := make([]*runtimeapi.ContainerStats, len(running))
+	v, done := s.survey(ctx)
+	defer done()
+	stats, err := v.ofPod(p)
+	return &runtimeapi.PodSandboxStatsResponse{Stats: stats}, err
+}
+
+// listPodStats lists the pods that are ready: of those that were stopped nothing is counted any more.
+func (s *Service) listPodStats(ctx context.Context, f *runtimeapi.PodSandboxStatsFilter) ([]*runtimeapi.PodSandboxStats, error) {
+	chosen := slices.DeleteFunc(s.readyPods(), func(p *pod) bool {
+		return !strings.HasPrefix(p.spec.ID, f.GetId()) || !hasLabels(p.spec.Config.GetLabels(), f.GetLabelSelector())
+	})
+	v, done := s.survey(ctx)
+	defer done()
+	return lookAtAll(ctx, chosen, func(p *pod) *runtimeapi.PodSandboxStats {
+		stats, err := v.ofPod(p)
+		return told(v, "pod", p.spec.ID, stats, err)
+	})
+}
+
+// readyPods returns the pods that are ready, oldest first.
+func (s *Service) readyPods() []*pod {
+	return slices.DeleteFunc(s.sortedPods(), func(p *pod) bool { return !p.status.snapshot().ready() })
+}
+
+// lookAtAll looks at several things side by side and returns what it finds in their order, without the nils.
+func lookAtAll[T, R any](ctx context.Context, things []T, look func(T) *R) ([]*R, error) {
+	found := make([]*R, len(things))
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(statsParallel)
-	for i, c := range running {
+	for i, thing := range things {
 		group.Go(func() error {
-			if err := ctx.Err(); err != nil {
-				return err
+			if ctx.Err() == nil {
+				found[i] = look(thing)
 			}
-			stats, err := s.gather(c)
-			if err != nil && c.status.snapshot().running() {
-				return err
-			}
-			if err == nil {
-				all[i] = stats
-			}
-			return nil
+			return ctx.Err()
 		})
 	}
 	if err := group.Wait(); err != nil {
 		return nil, err
 	}
-	out := all[:0]
-	for _, stats := range all {
-		if stats != nil {
-			out = append(out, stats)
-		}
-	}
-	return out, nil
+	return slices.DeleteFunc(found, func(r *R) bool { return r == nil }), nil
 }
 
-// gather leaves out what no cgroup controller counts on this node: a missing number is not zero.
-func (s *Service) gather(c *container) (*runtimeapi.ContainerStats, error) {
-	out := &runtimeapi.ContainerStats{Attributes: &runtimeapi.ContainerAttributes{
-		Id: c.spec.ID, Metadata: c.spec.Config.GetMetadata(),
-		Labels: c.spec.Config.GetLabels(), Annotations: c.spec.Config.GetAnnotations(),
-	}}
-	layer, err := s.writableLayer(c)
-	if err != nil && !errors.Is(err, images.ErrNotFound) { // the store may have lost it with the node
+// told leaves out of a list, and logs, what could not be looked at: one broken container must not hide all others from
+// the kubelet, which evicts and scales by the list.
+func told[R any](v *survey, kind, id string, found *R, err error) *R {
+	if err != nil {
+		v.cfg.Log.Warn("left out of the stats", kind, id, "error", err)
+		return nil
+	}
+	return found
+}
+
+// ofContainer has of a container that does not run the disk use alone. What nobody counts on this node is left out: a
+// missing number is not zero.
+func (v *survey) ofContainer(c *container) (*runtimeapi.ContainerStats, error) {
+	r, err := v.readContainer(c, v.deps.Cgroups.Stats)
+	if err != nil {
 		return nil, err
 	}
-	out.WritableLayer = layer
-	if cgroup := c.cgroup(); cgroup != "" && c.status.snapshot().running() {
-		stats, err := s.deps.Cgroups.Stats(cgroup)
-		if errors.Is(err, cgroupv2.ErrNotFound) {
-			return out, nil // it ended between the two looks
-		}
-		if err != nil {
-			return nil, err
-		}
-		fill(out, stats, time.Now().UnixNano())
-	}
-	return out, nil
+	return v.containerMessage(c, r)
 }
 
-// cgroup is where the keeper put the container.
-func (c *container) cgroup() string {
-	if c.spec.OCI == nil || c.spec.OCI.Linux == nil {
-		return ""
+func (v *survey) containerMessage(c *container, r reading) (*runtimeapi.ContainerStats, error) {
+	layer, err := v.layer(c)
+	if err != nil {
+		return nil, err
 	}
-	return c.spec.OCI.Linux.CgroupsPath
-}
-
-func (s *Service) writableLayer(c *container) (*runtimeapi.FilesystemUsage, error) {
-	u := &c.usage
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	if time.Since(u.at) > usageTTL {
-		bytes, inodes, err := s.deps.Images.RootfsUsage(c.spec.ID)
-		if err != nil {
-			return nil, err
-		}
-		u.at, u.bytes, u.inodes = time.Now(), bytes, inodes
-	}
-	return &runtimeapi.FilesystemUsage{
-		Timestamp: u.at.UnixNano(),
-		// The path that ImageFsInfo names, by which the kubelet joins the two.
-		FsId:      &runtimeapi.FilesystemIdentifier{Mountpoint: filepath.Join(s.cfg.DataDir, "images")},
-		UsedBytes: &runtimeapi.UInt64Value{Value: u.bytes}, InodesUsed: &runtimeapi.UInt64Value{Value: u.inodes},
+	return &runtimeapi.ContainerStats{
+		Attributes: &runtimeapi.ContainerAttributes{
+			Id: c.spec.ID, Metadata: c.spec.Config.GetMetadata(),
+			Labels: c.spec.Config.GetLabels(), Annotations: c.spec.Config.GetAnnotations(),
+		},
+		Cpu: r.cpu(), Memory: r.memory(), Swap: r.swap(), Io: r.io(), WritableLayer: v.filesystem(layer),
 	}, nil
 }
 
-func fill(out *runtimeapi.ContainerStats, st cgroupv2.Stats, now int64) {
-	if st.CPUUsageNanos != nil || st.CPUPressure != nil {
-		out.Cpu = &runtimeapi.CpuUsage{
-			Timestamp: now, UsageCoreNanoSeconds: number(st.CPUUsageNanos), Psi: pressure(st.CPUPressure),
+func (v *survey) ofPod(p *pod) (*runtimeapi.PodSandboxStats, error) {
+	linux := &runtimeapi.LinuxPodSandboxStats{}
+	var readings []reading
+	for _, c := range v.sortedContainers(p.spec.ID) {
+		if !c.status.snapshot().running() {
+			continue
 		}
-	}
-	if st.MemoryUsage != nil || st.MemoryPressure != nil {
-		out.Memory = &runtimeapi.MemoryUsage{
-			Timestamp: now, WorkingSetBytes: number(st.WorkingSet), UsageBytes: number(st.MemoryUsage),
-			RssBytes: number(st.RSS), PageFaults: number(st.PageFaults), MajorPageFaults: number(st.MajorPageFaults),
-			AvailableBytes: available(st.MemoryLimit, st.WorkingSet), Psi: pressure(st.MemoryPressure),
+		r, err := v.readContainer(c, v.deps.Cgroups.Stats)
+		if err != nil {
+			return nil, err
 		}
+		if err := v.list(c, &r); err != nil {
+			return nil, err
+		}
+		stats, err := v.containerMessage(c, r)
+		if err != nil {
+			return nil, err
+		}
+		readings, linux.Containers = append(readings, r), append(linux.Containers, stats)
 	}
-	if st.SwapUsage != nil {
-		out.Swap = &runtimeapi.SwapUsage{Timestamp: now, SwapUsageBytes: number(st.SwapUsage)}
+	r, err := v.readPod(p, readings)
+	if err != nil {
+		return nil, err
 	}
-	if st.IOPressure != nil {
-		out.Io = &runtimeapi.IoUsage{Timestamp: now, Psi: pressure(st.IOPressure)}
+	linux.Cpu, linux.Memory, linux.Io, linux.Process = r.cpu(), r.memory(), r.io(), countProcesses(p, readings)
+	if linux.Network, err = v.network(p); err != nil {
+		return nil, err
 	}
-}
-
-func number(v *uint64) *runtimeapi.UInt64Value {
-	if v == nil {
-		return nil
-	}
-	return &runtimeapi.UInt64Value{Value: *v}
-}
-
-// available: "defined as the memory limit - workingSetBytes".
-func available(limit, workingSet *uint64) *runtimeapi.UInt64Value {
-	if limit == nil || workingSet == nil {
-		return nil
-	}
-	return &runtimeapi.UInt64Value{Value: *limit - min(*limit, *workingSet)}
-}
-
-func pressure(p *cgroupv2.Pressure) *runtimeapi.PsiStats {
-	if p == nil {
-		return nil
-	}
-	line := func(l cgroupv2.PressureLine) *runtimeapi.PsiData {
-		return &runtimeapi.PsiData{Total: l.TotalNanos, Avg10: l.Avg10, Avg60: l.Avg60, Avg300: l.Avg300}
-	}
-	return &runtimeapi.PsiStats{Some: line(p.Some), Full: line(p.Full)}
+	return &runtimeapi.PodSandboxStats{Linux: linux, Attributes: &runtimeapi.PodSandboxAttributes{
+		Id: p.spec.ID, Metadata: p.spec.Config.GetMetadata(),
+		Labels: p.spec.Config.GetLabels(), Annotations: p.spec.Config.GetAnnotations(),
+	}}, nil
 }

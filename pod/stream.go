@@ -103,7 +103,7 @@ func (r *streamRuntime) Exec(ctx context.Context, id string, cmd []string, in io
 	defer end()
 	stdio := &stdio{server: r.server, in: in, out: out, errOut: errOut}
 	defer stdio.close()
-	req := ctr.ExecRequest{ContainerID: c.spec.ID, Process: ctr.ExecProcess(c.spec.OCI, cmd, tty), TTY: tty}
+	req := ctr.ExecRequest{ContainerID: c.spec.ID, Process: ctr.ExecProcess(c.oci(), cmd, tty), TTY: tty}
 	if !tty {
 		if req.Streams, err = stdio.pipes(); err != nil {
 			return err

@@ -1,13 +1,16 @@
 package pod
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 
+	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -77,11 +80,8 @@ func splitSysctls(sysctls map[string]string) (early, late map[string]string) {
 func writeSysctls(sysctls map[string]string) error {
 	for _, name := range slices.Sorted(maps.Keys(sysctls)) {
 		f, err := os.OpenFile(sysctlPath(name), os.O_WRONLY, 0)
-		if os.IsNotExist(err) {
-			return invalid("set sysctl %q: the kernel has none of this name", name)
-		}
 		if err != nil {
-			return fmt.Errorf("set sysctl %q: %w", name, err)
+			return whyNoSysctl(name, err)
 		}
 		_, err = f.WriteString(sysctls[name])
 		if closeErr := f.Close(); err == nil {
@@ -92,4 +92,17 @@ func writeSysctls(sysctls map[string]string) error {
 		}
 	}
 	return nil
+}
+
+func whyNoSysctl(name string, err error) error {
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return invalid("set sysctl %q: the namespaces of a pod have none of this name: either it is the whole machine's, "+
+			"or this kernel does not know it", name)
+	case errors.Is(err, fs.ErrPermission):
+		return invalid("set sysctl %q: the kernel lets only the host's root change it", name)
+	case errors.Is(err, unix.EROFS):
+		return wrongState("set sysctl %q: /proc/sys is read-only on this node, as it is in a container without privileges", name)
+	}
+	return fmt.Errorf("set sysctl %q: %w", name, err)
 }

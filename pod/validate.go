@@ -2,6 +2,7 @@ package pod
 
 import (
 	"net/netip"
+	"path"
 	"path/filepath"
 	"strings"
 
@@ -14,10 +15,7 @@ import (
 const maxHostname = 64
 
 // validatePod refuses what cannot be done, before anything is made.
-func validatePod(config *runtimeapi.PodSandboxConfig, handler string) error {
-	if handler != "" {
-		return invalid("run pod: runtime handler %q is not configured; only the default one, \"\", is", handler)
-	}
+func validatePod(config *runtimeapi.PodSandboxConfig) error {
 	m := config.GetMetadata()
 	if m.GetName() == "" || m.GetUid() == "" || m.GetNamespace() == "" {
 		return invalid("run pod: metadata needs name, uid and namespace, got name %q, uid %q, namespace %q",
@@ -28,6 +26,11 @@ func validatePod(config *runtimeapi.PodSandboxConfig, handler string) error {
 	}
 	if dir := config.GetLogDirectory(); dir != "" && !filepath.IsAbs(dir) {
 		return invalid("run pod: log_directory %q is not an absolute path", dir)
+	}
+	if parent := config.GetLinux().GetCgroupParent(); strings.HasSuffix(path.Base(parent), ".slice") {
+		// The kubelet of another driver made its cgroups through systemd, elsewhere: the pod's would not be in them.
+		return invalid("run pod: cgroup_parent %q is a systemd slice; the cgroup driver of this node is cgroupfs, as RuntimeConfig says: "+
+			"give a path like /kubepods/burstable, or set the kubelet's cgroupDriver: cgroupfs", parent)
 	}
 	sc := config.GetLinux().GetSecurityContext()
 	if err := validateNamespaces(sc.GetNamespaceOptions()); err != nil {
@@ -76,20 +79,44 @@ func validateNamespaces(o *runtimeapi.NamespaceOption) error {
 			return invalid("run pod: %s namespace mode %s is not one that a sandbox can have", n.kind, n.mode)
 		}
 	}
-	users := o.GetUsernsOptions()
+	return validateUsers(o.GetUsernsOptions())
+}
+
+// validateUsers: a nil message is a kubelet that asks for nothing, be it that the CRI calls it mode POD.
+func validateUsers(users *runtimeapi.UserNamespace) error {
+	if users == nil {
+		return nil
+	}
+	mappings := len(users.GetUids()) + len(users.GetGids())
 	switch users.GetMode() {
-	case nodeMode:
-		if len(users.GetUids()) > 0 || len(users.GetGids()) > 0 {
+	case runtimeapi.NamespaceMode_NODE:
+		if mappings > 0 {
 			return invalid("run pod: user namespace mode NODE takes no id mappings")
 		}
-	case podMode:
-		// A nil message is an old kubelet that asks for nothing.
-		if users != nil {
-			return unsupported("run pod: a user namespace of the pod's own (userns_options mode POD) does not work on a rootless node: " +
-				"the kernel cannot map the ids of volumes and images there; set hostUsers: true")
+		return nil
+	case runtimeapi.NamespaceMode_POD:
+		if mappings > 0 {
+			if err := validateIDs("uids", users.GetUids()); err != nil {
+				return err
+			}
+			if err := validateIDs("gids", users.GetGids()); err != nil {
+				return err
+			}
 		}
-	default:
-		return invalid("run pod: user namespace mode %s is neither POD nor NODE", users.GetMode())
+		return unsupported("run pod: a user namespace of the pod's own (userns_options mode POD) does not work on a rootless node: " +
+			"the kernel cannot map the ids of volumes and images there; set hostUsers: true")
+	}
+	return invalid("run pod: user namespace mode %s is neither POD nor NODE", users.GetMode())
+}
+
+// validateIDs: the kubelet sends one range, and with it the root of the pod.
+func validateIDs(name string, ids []*runtimeapi.IDMapping) error {
+	if len(ids) != 1 {
+		return invalid("run pod: userns_options has %d mappings in %s; there must be exactly one", len(ids), name)
+	}
+	if m := ids[0]; m.GetContainerId() != 0 || m.GetLength() == 0 {
+		return invalid("run pod: userns_options maps %d ids from container id %d in %s; the mapping must have container id 0",
+			m.GetLength(), m.GetContainerId(), name)
 	}
 	return nil
 }
@@ -142,6 +169,22 @@ func validateContainer(config *runtimeapi.ContainerConfig, sandbox *runtimeapi.P
 	if config.GetLinux().GetSecurityContext().GetPrivileged() && !sandbox.GetLinux().GetSecurityContext().GetPrivileged() {
 		// "If a privileged container is to be executed within it, this MUST be true."
 		return invalid("create container %q: it is privileged, its sandbox is not", config.GetMetadata().GetName())
+	}
+	return validateShared(config, sandbox.GetLinux().GetSecurityContext().GetNamespaceOptions())
+}
+
+// validateShared: network and IPC namespace are the sandbox's, POD is what a request without options says. One that
+// asks for the node's where the sandbox has its own would get less than it says.
+func validateShared(config *runtimeapi.ContainerConfig, sandbox *runtimeapi.NamespaceOption) error {
+	own := config.GetLinux().GetSecurityContext().GetNamespaceOptions()
+	for _, n := range []struct {
+		kind      string
+		own, pods runtimeapi.NamespaceMode
+	}{{"network", own.GetNetwork(), sandbox.GetNetwork()}, {"ipc", own.GetIpc(), sandbox.GetIpc()}} {
+		if n.own != runtimeapi.NamespaceMode_POD && n.own != n.pods {
+			return invalid("create container %q: %s namespace mode %s: the sandbox was made with mode %s, and its containers share that",
+				config.GetMetadata().GetName(), n.kind, n.own, n.pods)
+		}
 	}
 	return nil
 }

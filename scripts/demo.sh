@@ -71,6 +71,8 @@ if [ "${1:-}" = --bench ]; then
 	bench -pull -image "$image" -count "${COUNT:-100}"
 	echo
 	bench -image "$image" -count "${COUNT:-100}" -seccomp
+	echo
+	bench -image "$image" -count "${COUNT:-100}" -lists
 	exit 0
 fi
 

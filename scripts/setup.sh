@@ -39,6 +39,7 @@ packages() {
 		busybox-static the small image that is built on the spot
 	END
 	[ -z "$test" ] || cat <<-END
+		crun           an OCI runtime: runtime handlers are tested with it
 		debootstrap    builds the test image of a real distribution
 		zstd           packs it
 	END
@@ -52,7 +53,7 @@ packages() {
 install_packages() {
 	command -v dpkg-query >/dev/null || {
 		missing=
-		for tool in gcc make pkg-config newuidmap newgidmap slirp4netns ip nsenter; do
+		for tool in gcc make pkg-config newuidmap newgidmap slirp4netns ip nsenter ${test:+crun}; do
 			command -v $tool >/dev/null || missing="$missing $tool"
 		done
 		[ -z "$missing" ] || die "this is neither Debian nor Ubuntu: install by hand what gives you$missing"
@@ -126,7 +127,7 @@ allow_by_apparmor() {
 	profile=$(
 		echo "abi <abi/4.0>,"
 		for place in "$REPO" "$TEST_HOME/src"; do
-			for program in bin/coracle .cache/bin/loopback '.cache/tmp/**.test'; do
+			for program in bin/coracle .cache/race/coracle .cache/bin/loopback '.cache/tmp/**.test'; do
 				number=$((number + 1))
 				echo "profile coracle-checkout-$number \"$place/$program\" flags=(unconfined) { userns, }"
 			done

@@ -14,6 +14,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/coracle-cri/coracle/images"
+	"github.com/coracle-cri/coracle/netslirp"
 	"github.com/coracle-cri/coracle/rootless"
 )
 
@@ -28,7 +29,9 @@ type config struct {
 	GRPC       grpcConfig                       `json:"grpc"`
 	Images     imagesConfig                     `json:"images"`
 	CopyUp     []string                         `json:"copyUp"`
+	CDIDirs    []string                         `json:"cdiSpecDirs"`
 	Registries map[string]images.RegistryConfig `json:"registries"`
+	Handlers   map[string]handlerConfig         `json:"handlers"`
 }
 
 type logConfig struct {
@@ -63,12 +66,25 @@ func defaults() config {
 	return config{
 		Name:      rootless.DefaultName,
 		Log:       logConfig{Level: "info", Format: "text"},
-		Network:   networkConfig{Driver: "slirp4netns", Program: "slirp4netns", MTU: 65520, PodCIDR: "10.88.0.0/16"},
+		Network:   networkConfig{Driver: "slirp4netns", Program: "slirp4netns", MTU: 65520, PodCIDR: netslirp.DefaultPodCIDR},
 		Limits:    "best-effort",
 		Streaming: streamingConfig{Address: "127.0.0.1:0"},
 		Images:    imagesConfig{MaxLayerBytes: 64 << 30},
 		CopyUp:    []string{"/etc", "/run", "/var/lib"},
+		CDIDirs:   cdiSpecDirs(),
 	}
+}
+
+// cdiSpecDirs are the two that the CDI has, and this user's own, which outrank them.
+func cdiSpecDirs() []string {
+	dirs := []string{"/etc/cdi", "/var/run/cdi"}
+	if home, err := os.UserConfigDir(); err == nil {
+		dirs = append(dirs, filepath.Join(home, "cdi"))
+	}
+	if run := os.Getenv("XDG_RUNTIME_DIR"); filepath.IsAbs(run) {
+		dirs = append(dirs, filepath.Join(run, "cdi"))
+	}
+	return dirs
 }
 
 // key is one scalar setting: its flag, its variable, its place in config.
@@ -137,7 +153,8 @@ var keys = []key{
 	text("network-program", "network.program", "the driver's program, by name or path", func(c *config) *string { return &c.Network.Program }),
 	number("network-mtu", "network.mtu", "MTU of the node's and the pods' interfaces, in bytes",
 		func(c *config, n int64) { c.Network.MTU = int(n) }, func(c config) int64 { return int64(c.Network.MTU) }),
-	text("pod-cidr", "network.podCIDR", "addresses of pods; a kubelet may set it too (UpdateRuntimeConfig)", func(c *config) *string { return &c.Network.PodCIDR }),
+	text("pod-cidr", "network.podCIDR", "addresses of pods: one network, or one of IPv4 and one of IPv6 with a comma between them, the one of the pods' IP first; a kubelet may set it too (UpdateRuntimeConfig)",
+		func(c *config) *string { return &c.Network.PodCIDR }),
 	truth("host-loopback", "network.hostLoopback", "let pods reach the host's 127.0.0.1 as 10.0.2.2", func(c *config) *bool { return &c.Network.HostLoopback }),
 	oneOf(text("limits", "limits", "what becomes of a limit that cannot be applied here: left out and shown, or an error", func(c *config) *string { return &c.Limits }), "best-effort", "strict"),
 	text("streaming-address", "streaming.address", "loopback address of the exec, attach and port-forward server; port 0 picks one", func(c *config) *string { return &c.Streaming.Address }),
@@ -203,7 +220,12 @@ func (s *settings) resolve(flags *pflag.FlagSet) (config, error) {
 			return c, fmt.Errorf("copyUp[%d]: %q: give an absolute directory other than /tmp", i, dir)
 		}
 	}
-	return c, nil
+	for i, dir := range c.CDIDirs {
+		if !filepath.IsAbs(dir) {
+			return c, fmt.Errorf("cdiSpecDirs[%d]: %q: give an absolute directory", i, dir)
+		}
+	}
+	return c, validateHandlers(c.Handlers)
 }
 
 // readFile reads the file over c. A file that was named must exist; unknown keys are refused, so that a
@@ -246,9 +268,18 @@ func (c *config) anchor(file string) error {
 		return filepath.Join(dir, path)
 	}
 	c.Images.DockerConfig = from(c.Images.DockerConfig)
+	for i, specs := range c.CDIDirs {
+		c.CDIDirs[i] = from(specs)
+	}
 	for host, registry := range c.Registries {
 		registry.CAFile = from(registry.CAFile)
 		c.Registries[host] = registry
+	}
+	for name, handler := range c.Handlers {
+		if strings.Contains(handler.Path, "/") { // else it is looked up in PATH
+			handler.Path = from(handler.Path)
+		}
+		c.Handlers[name] = handler
 	}
 	return nil
 }
@@ -291,7 +322,9 @@ func configCommand() *cobra.Command {
 				fmt.Fprintf(out, "%s\n    %s\n    flag --%s, variable %s, default %q\n", k.path, k.help, k.name, k.env(), k.get(defaults()))
 			}
 			fmt.Fprintf(out, "copyUp\n    directories that the node may write without the host seeing it; file only, default %s\n", strings.Join(defaults().CopyUp, ", "))
-			fmt.Fprint(out, registriesHelp)
+			fmt.Fprintf(out, "cdiSpecDirs\n    directories of CDI specifications, read when a container asks for a CDI device; of two that describe a device the later counts; "+
+				"file only, default %s\n", strings.Join(defaults().CDIDirs, ", "))
+			fmt.Fprint(out, registriesHelp, handlersHelp)
 		},
 	}
 }

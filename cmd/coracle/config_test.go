@@ -3,6 +3,7 @@ package main
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -48,15 +49,33 @@ func TestFlagsBeatVariablesBeatFileBeatDefaults(t *testing.T) {
 }
 
 func TestPathsOfTheFileAreMeantFromItsDirectory(t *testing.T) {
-	c, err := resolve(t, "images: {dockerConfig: auth.json}\nregistries: {a: {caFile: ca.pem}, b: {caFile: /etc/ca.pem}}\n")
+	c, err := resolve(t, "images: {dockerConfig: auth.json}\ncdiSpecDirs: [cdi]\nregistries: {a: {caFile: ca.pem}, b: {caFile: /etc/ca.pem}}\n")
 	if err != nil {
 		t.Fatal(err)
+	}
+	if len(c.CDIDirs) != 1 || c.CDIDirs[0] != filepath.Join(filepath.Dir(c.Images.DockerConfig), "cdi") {
+		t.Errorf("cdiSpecDirs %q", c.CDIDirs)
 	}
 	if !filepath.IsAbs(c.Images.DockerConfig) || filepath.Dir(c.Images.DockerConfig) != filepath.Dir(c.Registries["a"].CAFile) {
 		t.Errorf("%q, %q", c.Images.DockerConfig, c.Registries["a"].CAFile)
 	}
 	if got := c.Registries["b"].CAFile; got != "/etc/ca.pem" {
 		t.Errorf("absolute path became %q", got)
+	}
+}
+
+func TestCDISpecDirs(t *testing.T) {
+	t.Setenv("XDG_RUNTIME_DIR", "/run/user/7")
+	c, err := resolve(t, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"/etc/cdi", "/var/run/cdi", filepath.Join(os.Getenv("XDG_CONFIG_HOME"), "cdi"), "/run/user/7/cdi"}
+	if !slices.Equal(c.CDIDirs, want) {
+		t.Errorf("default %q, want %q", c.CDIDirs, want)
+	}
+	if c, err = resolve(t, "cdiSpecDirs: []\n"); err != nil || len(c.CDIDirs) != 0 {
+		t.Errorf("none: %q, %v", c.CDIDirs, err)
 	}
 }
 
@@ -70,6 +89,11 @@ func TestABadSettingIsNamed(t *testing.T) {
 		{"limits: loose\n", nil, "limits: \"loose\" is none of"},
 		{"network: {mtu: -1}\n", nil, "network.mtu"},
 		{"copyUp: [/tmp]\n", nil, "copyUp[0]"},
+		{"cdiSpecDirs: [\"\"]\n", nil, "cdiSpecDirs[0]"},
+		{"handlers: {Crun: {path: /usr/bin/crun}}\n", nil, `handlers: "Crun"`},
+		{"handlers: {\"\": {path: /usr/bin/crun}}\n", nil, `handlers: ""`},
+		{"handlers: {crun: {}}\n", nil, "handlers.crun.path"},
+		{"handlers: {crun: {path: crun, arguments: [x]}}\n", nil, `unknown key "arguments"`},
 		{"", []string{"--network-mtu=big"}, "--network-mtu"},
 		{"", []string{"--host-loopback=perhaps"}, "--host-loopback"},
 		{"", []string{"--config=/nonexistent/c.yaml"}, "no such file"},

@@ -11,4 +11,9 @@ const registriesHelp = `registries
           caFile: /home/me/ca.pem               # trust this authority for its certificate
         registry.example.org:
           insecure: true                        # plain HTTP, or a certificate that nothing vouches for
+        "*":                                    # every registry that has no section here
+          mirrors: ["https://mirror.example.com"]   # told by ?ns=docker.io and so on which one is meant
+
+    A mirror never gets the credentials of the registry that it stands for. The registry itself is asked after its
+    mirrors, for what none of them has.
 `

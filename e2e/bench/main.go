@@ -29,6 +29,7 @@ func main() {
 	flag.BoolVar(&b.sharePID, "share-pid", false, "one pid namespace for the pod, as shareProcessNamespace asks for")
 	flag.BoolVar(&b.seccomp, "seccomp", false, "ask for the runtime's default seccomp profile")
 	count := flag.Int("count", 20, "pods")
+	flag.BoolVar(&b.lists, "lists", false, "run all pods at once, and time the lists of them")
 	flag.Parse()
 	if err := b.run(*endpoint, *count, *pull); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
@@ -40,6 +41,7 @@ type bench struct {
 	image    string
 	seccomp  bool
 	sharePID bool
+	lists    bool
 	runtime  runtimeapi.RuntimeServiceClient
 	logs     string
 	times    map[string][]time.Duration
@@ -64,6 +66,12 @@ func (b *bench) run(endpoint string, count int, pull bool) error {
 			return err
 		}
 	}
+	if b.lists {
+		if err := b.standing(ctx, count); err != nil {
+			return err
+		}
+		return b.print(fmt.Sprintf("%d pods running, each list %d times", count, rounds), listRows)
+	}
 	// The first pod warms caches of the machine's, and is not counted.
 	for i := -1; i < count; i++ {
 		if i == 0 {
@@ -73,7 +81,11 @@ func (b *bench) run(endpoint string, count int, pull bool) error {
 			return fmt.Errorf("pod %d: %w", i+1, err)
 		}
 	}
-	return b.print(count)
+	profile := "no seccomp profile"
+	if b.seccomp {
+		profile = "the default seccomp profile"
+	}
+	return b.print(fmt.Sprintf("%d pods, one after another, %s", count, profile), rows)
 }
 
 // took adds the time since began to a row.
@@ -96,40 +108,48 @@ func (b *bench) profile() *runtimeapi.SecurityProfile {
 	return &runtimeapi.SecurityProfile{ProfileType: runtimeapi.SecurityProfile_Unconfined}
 }
 
-func (b *bench) pod(ctx context.Context, i int) (err error) {
+func (b *bench) pod(ctx context.Context, i int) error {
+	began := time.Now()
+	pod, container, err := b.launch(ctx, i)
+	if err == nil {
+		b.took(rows[3], began)
+		err = b.end(ctx, pod, container)
+	}
+	if err != nil && pod != "" {
+		_, _ = b.runtime.RemovePodSandbox(ctx, &runtimeapi.RemovePodSandboxRequest{PodSandboxId: pod})
+	}
+	return err
+}
+
+// launch runs a pod with a container. It returns the ids of what there is, with an error, too.
+func (b *bench) launch(ctx context.Context, i int) (pod, container string, err error) {
 	name := fmt.Sprintf("bench-%d-%d", os.Getpid(), i+1)
 	config := &runtimeapi.PodSandboxConfig{Metadata: &runtimeapi.PodSandboxMetadata{Name: name, Uid: name, Namespace: "bench"},
 		Hostname: "bench", LogDirectory: filepath.Join(b.logs, name),
 		Linux: &runtimeapi.LinuxPodSandboxConfig{SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{
 			Seccomp: b.profile(), NamespaceOptions: b.namespaces()}}}
-	began := time.Now()
+	at := time.Now()
 	sandbox, err := b.runtime.RunPodSandbox(ctx, &runtimeapi.RunPodSandboxRequest{Config: config})
 	if err != nil {
-		return err
+		return "", "", err
 	}
-	b.took(rows[0], began)
-	defer func() {
-		if err != nil {
-			_, _ = b.runtime.RemovePodSandbox(ctx, &runtimeapi.RemovePodSandboxRequest{PodSandboxId: sandbox.PodSandboxId})
-		}
-	}()
-	at := time.Now()
+	b.took(rows[0], at)
+	at = time.Now()
 	created, err := b.runtime.CreateContainer(ctx, &runtimeapi.CreateContainerRequest{PodSandboxId: sandbox.PodSandboxId, SandboxConfig: config,
 		Config: &runtimeapi.ContainerConfig{Metadata: &runtimeapi.ContainerMetadata{Name: "c"}, Image: &runtimeapi.ImageSpec{Image: b.image},
 			Command: []string{"/bin/sleep", "1000"}, LogPath: "c.log",
 			Linux: &runtimeapi.LinuxContainerConfig{SecurityContext: &runtimeapi.LinuxContainerSecurityContext{
 				Seccomp: b.profile(), NamespaceOptions: b.namespaces()}}}})
 	if err != nil {
-		return err
+		return sandbox.PodSandboxId, "", err
 	}
 	b.took(rows[1], at)
 	at = time.Now()
 	if _, err := b.runtime.StartContainer(ctx, &runtimeapi.StartContainerRequest{ContainerId: created.ContainerId}); err != nil {
-		return err
+		return sandbox.PodSandboxId, created.ContainerId, err
 	}
 	b.took(rows[2], at)
-	b.took(rows[3], began)
-	return b.end(ctx, sandbox.PodSandboxId, created.ContainerId)
+	return sandbox.PodSandboxId, created.ContainerId, nil
 }
 
 // end makes sure that the container runs, and takes everything away.
@@ -167,12 +187,9 @@ func (b *bench) end(ctx context.Context, pod, container string) error {
 	return nil
 }
 
-func (b *bench) print(count int) error {
-	profile := "no seccomp profile"
-	if b.seccomp {
-		profile = "the default seccomp profile"
-	}
-	fmt.Printf("%d pods, one after another, %s; milliseconds\n", count, profile)
+// print prints a table of rows.
+func (b *bench) print(title string, rows []string) error {
+	fmt.Printf("%s; milliseconds\n", title)
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(w, "  "+strings.Repeat(" ", 31)+"\tmedian\tp95\tleast\t")
 	for _, row := range rows {

@@ -9,6 +9,7 @@ import (
 	"os/user"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"syscall"
 
 	"github.com/vishvananda/netlink"
@@ -69,9 +70,35 @@ func shape(h Host, uid int) error {
 	if h.NoUserns {
 		steps = append(steps, func() error { return os.WriteFile("/proc/sys/user/max_user_namespaces", []byte("0"), 0) })
 	}
+	if h.NoCgroup {
+		steps = append(steps, readOnlyCgroups)
+	}
 	for _, step := range steps {
 		if err := step(); err != nil {
 			return err
+		}
+	}
+	return nil
+}
+
+// readOnlyCgroups leaves the flags alone that a mount brought along from outside: the kernel has locked them.
+func readOnlyCgroups() error {
+	mounts, err := os.ReadFile("/proc/self/mounts")
+	if err != nil {
+		return err
+	}
+	for line := range strings.Lines(string(mounts)) {
+		f := strings.Fields(line)
+		if len(f) < 4 || f[2] != "cgroup2" {
+			continue
+		}
+		flags := uintptr(unix.MS_BIND | unix.MS_REMOUNT | unix.MS_RDONLY)
+		for option := range strings.SplitSeq(f[3], ",") {
+			flags |= map[string]uintptr{"nosuid": unix.MS_NOSUID, "nodev": unix.MS_NODEV, "noexec": unix.MS_NOEXEC,
+				"noatime": unix.MS_NOATIME, "relatime": unix.MS_RELATIME}[option]
+		}
+		if err := unix.Mount("", f[1], "", flags, ""); err != nil {
+			return fmt.Errorf("make %s read-only: %w", f[1], err)
 		}
 	}
 	return nil
