@@ -18,6 +18,11 @@ KEEPER := seccomp runc_nocriu
 MODES   ?= full memory plain service
 VMTESTS := ^(TestDelegation|TestLimit|TestOOM)
 
+# What every run in the VM takes along.
+INVM     = --with bin --with $(CRICTL) --with $(CACHE)/vm/e2e.test --env CORACLE_E2E=/payload/bin --env CORACLE_E2E_CRICTL=/payload/crictl
+# Specs of critest that ask the kernel for what only the VM has, and their neighbours.
+FOCUS   ?= OOM|[Rr]esource|stats|metrics|[Ss]ysctl|Security|[Nn]etwork|[Pp]ort|DNS
+
 # The packages with fuzz targets.
 FUZZED  := ./pod ./images
 COVERED  = $(shell $(GO) list ./... | grep -v -x 'github.com/coracle-cri/coracle/e2e')
@@ -39,7 +44,7 @@ export GOFLAGS  := -buildvcs=false
 MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
-.PHONY: help build build-race install demo demo-here test test-here test-unit lint e2e e2e-vm e2e-vm-here critest critest-here fuzz fuzz-here \
+.PHONY: help build build-race install demo demo-here test test-here test-unit lint e2e e2e-vm e2e-vm-here critest-vm critest-vm-here critest critest-here fuzz fuzz-here \
 	bench bench-here fmt clean
 
 help: ## list the targets
@@ -93,10 +98,20 @@ e2e-vm-here: build $(CRICTL)
 	@$(GO) test -c -o $(CACHE)/vm/e2e.test ./e2e
 	@for mode in $(MODES); do \
 		echo "== $$mode"; \
-		scripts/vm.sh --mode $$mode --with bin --with $(CRICTL) --with $(CACHE)/vm/e2e.test --log $(CACHE)/vm/log-$$mode \
-			--env CORACLE_E2E=/payload/bin --env CORACLE_E2E_CRICTL=/payload/crictl --env CORACLE_E2E_VM=$$mode \
-			-- /payload/e2e.test -test.v -test.timeout 40m -test.run '$(if $(filter .,$(RUN)),$(VMTESTS),$(RUN))' || exit 1; \
+		scripts/vm.sh --mode $$mode $(INVM) --log $(CACHE)/vm/log-$$mode --env CORACLE_E2E_VM=$$mode \
+			-- /payload/e2e.test -test.v -test.timeout 60m -test.run '$(if $(filter .,$(RUN)),$(VMTESTS),$(RUN))' || exit 1; \
 	done
+
+critest-vm: ## critest's specs of resources, OOM, stats, sysctls, security and networking in the VM; FOCUS='' for all
+	@scripts/setup.sh --vm
+	@scripts/as-user.sh make critest-vm-here FOCUS='$(FOCUS)'
+
+critest-vm-here: build $(CRICTL) $(CRITEST) $(GINKGO) $(GUEST)
+	@mkdir -p $(CACHE)/vm
+	@$(GO) test -c -o $(CACHE)/vm/e2e.test ./e2e
+	@scripts/vm.sh $(INVM) --with $(CRITEST) --with $(GINKGO) --with $(GUEST) --log $(CACHE)/vm/log-critest --timeout 7000 --env CORACLE_E2E_VM=full \
+		--env CORACLE_E2E_CRITEST=/payload --env CORACLE_E2E_CRITEST_REPORT=/var/log/vm --env CORACLE_E2E_CRITEST_FOCUS='$(FOCUS)' \
+		-- /payload/e2e.test -test.v -test.timeout 120m -test.run '^TestCritest$$'
 
 critest: ## critest 1.36 against a node, as an ordinary user; RACE=1 for the race detector
 	@scripts/setup.sh --demo

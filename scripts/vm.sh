@@ -46,7 +46,7 @@ printf '%s\0' "$@" >"$work/payload/.command"
 : >"$work/payload/.environment"
 [ ${#vars[@]} -eq 0 ] || printf '%s\0' "${vars[@]}" >"$work/payload/.environment"
 size=$(($(du -sm "$work/payload" | cut -f1) * 11 / 10 + 16))
-mke2fs -q -t ext4 -O ^has_journal -d "$work/payload" "$work/payload.img" "${size}M"
+mke2fs -q -t ext4 -O ^has_journal -d "$work/payload" "$work/payload.img" "${size}M" >/dev/null
 rm -rf "$work/payload"
 truncate -s 256M "$work/logs.img"
 
