@@ -109,7 +109,10 @@ func runNode(c config, node rootless.Node, out io.Writer) (err error) {
 	defer release()
 	err = runLocked(interrupted, c, node, out)
 	if err != nil && interrupted.Err() != nil {
-		return errInterrupted // the error is about what the signal cut off
+		if !errors.Is(err, errInterrupted) {
+			err = fmt.Errorf("%w: %w", errInterrupted, err)
+		}
+		return err
 	}
 	return err
 }
