@@ -99,15 +99,6 @@ func TestPodInterface(t *testing.T) {
 	})
 }
 
-func (l *lab) inPod(p pod, fn func() error) error {
-	ns, err := openNetNS(p.ns)
-	if err != nil {
-		return err
-	}
-	defer ns.Close()
-	return inNetNS(ns, fn)
-}
-
 func TestAttachRefusesWhatCannotBe(t *testing.T) {
 	l := newLab(t)
 	n := l.open()
