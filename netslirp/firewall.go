@@ -38,7 +38,8 @@ const firewallTable = "coracle"
 //
 // A host port answers at the node's 127.0.0.1 too, where a program of the node looks for it. The kernel routes such
 // packets off the loopback device only under route_localnet (node.openLoopback), which would let pods reach
-// whatever listens there: the chain loopback keeps them out. IPv6 has no such way; its table has two other chains:
+// whatever listens there: the chain loopback keeps them out. IPv6 has no such way: its first two chains begin with
+// "ip6 daddr ::1 accept", so that a program is refused there and not left waiting. It has two other chains:
 //
 //	chain nowhere   { type filter hook prerouting priority filter; iifname "coracle0" meta l4proto tcp fib daddr . mark type unreachable reject with tcp reset }
 //	chain redirects { type filter hook output priority filter;     oifname "coracle0" icmpv6 type nd-redirect drop }

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 func (p pod) addr() netip.Addr { return netip.MustParseAddr(p.ip) }
@@ -54,6 +55,9 @@ func TestHostPorts(t *testing.T) {
 		// From outside the node, as another node of a cluster would.
 		wantAnswer(t, l.world, network, join(uplinkIP, 20080), network+" "+worldIP)
 	}
+	// The kernel translates no ::1; who asks for localhost is told so, and takes the next address.
+	_, err := ask(l.node, "tcp", "[::1]:20080")
+	wantIs(t, err, unix.ECONNREFUSED, "[::1]:20080")
 	for _, node := range []string{"10.88.0.1", uplinkIP, gateway6} {
 		wantSilence(t, client.ns, "tcp", join(node, 20081)) // asked for the loopback only
 	}
@@ -93,6 +97,8 @@ func TestHostPortsAtAddresses(t *testing.T) {
 		wantAnswer(t, "", network, "127.0.0.1:20080", "127.0.0.1 10.88.0.1")
 		wantAnswer(t, "", network, "[::1]:20080", "::1 "+gateway6)
 	}
+	_, err := ask(l.node, "tcp", "[::1]:20080")
+	wantIs(t, err, unix.ECONNREFUSED, "[::1]:20080")
 	for _, p := range append([]pod{client}, slices.Collect(maps.Values(pods))...) {
 		must(t, n.Detach(context.Background(), p.id, p.ns))
 	}

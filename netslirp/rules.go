@@ -35,6 +35,9 @@ func (f *firewall) addChains(c *nftables.Conn, t tables, prefixes []netip.Prefix
 	const nat, filter = nftables.ChainTypeNAT, nftables.ChainTypeFilter
 	for name, hook := range map[string]*nftables.ChainHook{"prerouting": nftables.ChainHookPrerouting, "output": nftables.ChainHookOutput} {
 		in := chain(name, nat, hook, nftables.ChainPriorityNATDest)
+		if t.family == ipv6 { // from a pod the kernel takes no such packet
+			rule(in, t.addressIn(t.daddr(), t.loopback), verdict(expr.VerdictAccept))
+		}
 		rule(in, t.toHostPortAt())
 		rule(in, t.toHostPort())
 	}
@@ -48,14 +51,14 @@ func (f *firewall) addChains(c *nftables.Conn, t tables, prefixes []netip.Prefix
 	if t.family == ipv4 {
 		guard := chain("loopback", filter, nftables.ChainHookPrerouting, nftables.ChainPriorityRaw)
 		for _, offset := range []uint32{t.saddr, t.daddr()} {
-			rule(guard, f.fromBridge(), t.addressIn(offset, t.loopback), drop())
+			rule(guard, f.fromBridge(), t.addressIn(offset, t.loopback), verdict(expr.VerdictDrop))
 		}
 		return
 	}
 	nowhere := chain("nowhere", filter, nftables.ChainHookPrerouting, nftables.ChainPriorityFilter)
 	rule(nowhere, f.fromBridge(), tcp(), fib(expr.Fib{FlagDADDR: true, FlagMARK: true}, expr.CmpOpEq, unix.RTN_UNREACHABLE), reset())
 	redirects := chain("redirects", filter, nftables.ChainHookOutput, nftables.ChainPriorityFilter)
-	rule(redirects, f.toBridge(), redirect(), drop())
+	rule(redirects, f.toBridge(), redirect(), verdict(expr.VerdictDrop))
 }
 
 func (f *firewall) addMasquerade(c *nftables.Conn, t tables, chain *nftables.Chain, prefixes []netip.Prefix) {
@@ -163,6 +166,6 @@ func copyMark() []expr.Any {
 	}
 }
 
-func drop() []expr.Any { return []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}} }
+func verdict(kind expr.VerdictKind) []expr.Any { return []expr.Any{&expr.Verdict{Kind: kind}} }
 
 func reset() []expr.Any { return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}} }
