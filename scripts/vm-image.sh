@@ -45,6 +45,7 @@ configure() {
 		systemd-pstore.service logrotate.timer man-db.timer motd-news.timer; do
 		ln -sf /dev/null "$root/etc/systemd/system/$unit"
 	done
+	printf '%s\n' overlay tun bridge veth nf_tables nft_chain_nat nft_masq nft_redir nft_fib nft_reject_inet | write /etc/modules-load.d/vm.conf 0644
 	printf 'kernel.printk = 4 4 1 7\n' | write /etc/sysctl.d/90-vm.conf 0644
 
 	write /etc/systemd/system-generators/coracle-vm 0755 <<-'END'
@@ -100,7 +101,6 @@ configure() {
 		#!/bin/sh -e
 		mount -o ro /dev/vdb /payload
 		mkdir -p /var/log/vm && chown tester: /var/log/vm
-		modprobe tun 2>/dev/null || true
 		chmod 0666 /dev/net/tun
 		echo "vm: $(uname -r), up for $(cut -d' ' -f1 /proc/uptime) s"
 	END
