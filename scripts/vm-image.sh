@@ -56,7 +56,7 @@ configure() {
 		service() { mkdir -p "$1/coracle-vm.service.d" && printf '[Service]\n%s\n' "$2" >"$1/coracle-vm.service.d/mode.conf"; }
 		case $mode in
 		full) mkdir -p "$1/user@.service.d" && printf '[Service]\nDelegate=cpu cpuset io memory pids\n' >"$1/user@.service.d/delegate.conf" ;;
-		memory) mkdir -p "$1/user@.service.d" && printf '[Service]\nDelegate=memory pids\n' >"$1/user@.service.d/delegate.conf" ;;
+		memory) mkdir -p "$1/user@.service.d" && printf '[Service]\nDelegate=\nDelegate=memory pids\n' >"$1/user@.service.d/delegate.conf" ;;
 		plain) ln -sf /dev/null "$2/user@.service" && service "$1" 'PAMName=' ;;
 		service) ln -sf /dev/null "$2/user@.service" && service "$1" "$(printf 'PAMName=\nDelegate=yes')" ;;
 		esac

@@ -7,7 +7,7 @@
 # scripts/vm-image.sh is not changed. What MODE the user's session is of:
 #
 #   full     a login session with a user systemd to which all controllers are delegated (the default)
-#   memory   the same as systemd has it without a drop-in: memory and pids only
+#   memory   the same as systemd before 252 has it without a drop-in: memory and pids only (252 adds cpu)
 #   plain    no user systemd; the command is a process of a system service that delegates nothing
 #   service  no user systemd; the command is a process of a system service with Delegate=yes
 #
