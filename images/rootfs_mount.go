@@ -34,6 +34,14 @@ type mounter struct {
 func chooseMounter(s *Store) mounter {
 	m := mounter{driver: driverOverlay}
 	err := m.probe(s)
+	if errors.Is(err, errOldKernel) {
+		m.old = true
+		oldErr := m.probe(s)
+		if oldErr == nil {
+			return m
+		}
+		err = errors.Join(oldErr, err)
+	}
 	if err == nil {
 		return m
 	}
@@ -98,14 +106,7 @@ func (m *mounter) mount(ctx context.Context, dir string, lowers []string, writab
 	if m.old {
 		return mountOverlayOld(dir, lowers, writable)
 	}
-	err := mountOverlay(dir, lowers, writable)
-	if !errors.Is(err, errOldKernel) {
-		return err
-	}
-	if oldErr := mountOverlayOld(dir, lowers, writable); oldErr != nil {
-		return errors.Join(oldErr, err)
-	}
-	return nil
+	return mountOverlay(dir, lowers, writable)
 }
 
 // errOldKernel: the kernel has no "lowerdir+" (before 6.5).
