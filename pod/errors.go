@@ -13,6 +13,7 @@ import (
 	"github.com/coracle-cri/coracle/ctr"
 	"github.com/coracle-cri/coracle/images"
 	"github.com/coracle-cri/coracle/netslirp"
+	"github.com/coracle-cri/coracle/pod/streaming"
 )
 
 // The sentinels of the package. Each stands for one gRPC code; the sentence around it says the rest.
@@ -76,6 +77,7 @@ var grpcCodes = []struct {
 	{errUnsupported, codes.Unimplemented},
 	{ctr.ErrUnsupported, codes.FailedPrecondition},
 	{errTimeout, codes.DeadlineExceeded},
+	{streaming.ErrTooMany, codes.ResourceExhausted},
 	{context.DeadlineExceeded, codes.DeadlineExceeded},
 	{context.Canceled, codes.Canceled},
 }
@@ -84,9 +86,6 @@ var grpcCodes = []struct {
 func grpcError(err error) error {
 	if err == nil {
 		return nil
-	}
-	if _, ok := status.FromError(err); ok {
-		return err // cri-streaming answers with statuses of its own
 	}
 	for _, c := range grpcCodes {
 		if errors.Is(err, c.err) {
