@@ -11,6 +11,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/coracle-cri/coracle/ctr"
+	"github.com/coracle-cri/coracle/pod/streaming"
 )
 
 // Config is what the program decides before the service starts.
@@ -45,7 +46,7 @@ type Service struct {
 	index   *index
 	events  *eventLog
 	boot    atomic.Pointer[string] // the keeper's boot id
-	streams *streamServer
+	streams *streaming.Server
 
 	stop context.CancelFunc
 	wg   sync.WaitGroup // the watcher
@@ -81,7 +82,7 @@ func Open(ctx context.Context, cfg Config, deps Deps) (*Service, error) {
 // Close ends the streams and every goroutine of the service. Pods go on.
 func (s *Service) Close() error {
 	s.stop()
-	err := s.streams.close()
+	err := s.streams.Close()
 	s.wg.Wait()
 	return err
 }
