@@ -72,14 +72,14 @@ configure() {
 		[Unit]
 		Description=The command of the test VM
 		Wants=user@1000.service
-		After=user@1000.service multi-user.target systemd-user-sessions.service
+		Requires=coracle-vm-begin.service
+		After=coracle-vm-begin.service user@1000.service multi-user.target systemd-user-sessions.service
 		OnSuccess=coracle-vm-finish.service
 		OnFailure=coracle-vm-finish.service
 		[Service]
 		User=tester
 		PAMName=coracle-vm
 		WorkingDirectory=/home/tester
-		ExecStartPre=+/usr/local/sbin/vm-begin
 		ExecStart=/usr/local/bin/vm-command
 		StandardOutput=file:/dev/virtio-ports/out
 		StandardError=inherit
@@ -87,6 +87,14 @@ configure() {
 		LimitNOFILE=65536
 		[Install]
 		WantedBy=graphical.target
+	END
+	write /etc/systemd/system/coracle-vm-begin.service 0644 <<-'END'
+		[Unit]
+		Description=The begin of the test VM
+		[Service]
+		Type=oneshot
+		TimeoutStartSec=infinity
+		ExecStart=/usr/local/sbin/vm-begin
 	END
 	write /etc/systemd/system/coracle-vm-finish.service 0644 <<-'END'
 		[Unit]
@@ -99,10 +107,12 @@ configure() {
 	ln -sf /etc/systemd/system/coracle-vm.service "$root/etc/systemd/system/graphical.target.wants/coracle-vm.service"
 	write /usr/local/sbin/vm-begin 0755 <<-'END'
 		#!/bin/sh -e
+		# udev makes the devices when it comes to them.
+		until [ -c /dev/virtio-ports/out ] && [ -b /dev/vdb ] && [ -c /dev/net/tun ]; do sleep 0.2; done
 		mount -o ro /dev/vdb /payload
 		mkdir -p /var/log/vm && chown tester: /var/log/vm
 		chmod 0666 /dev/net/tun
-		echo "vm: $(uname -r), up for $(cut -d' ' -f1 /proc/uptime) s"
+		echo "vm: $(uname -r), up for $(cut -d' ' -f1 /proc/uptime) s" >/dev/virtio-ports/out
 	END
 	write /usr/local/bin/vm-command 0755 <<-'END'
 		#!/bin/bash
@@ -115,6 +125,7 @@ configure() {
 	# The logs go to the third disk as a tar file: no file system that the host would have to mount.
 	write /usr/local/sbin/vm-finish 0755 <<-'END'
 		#!/bin/sh
+		mkdir -p /var/log/vm
 		cd /var/log/vm || exit
 		journalctl -b --no-pager >journal.txt 2>&1
 		systemd-cgls --no-pager >cgroups.txt 2>&1
@@ -140,7 +151,7 @@ build() {
 	mkdir "$work/vm"
 	cp "$work"/root/boot/vmlinuz-* "$work/vm/vmlinuz"
 	cp "$work"/root/boot/initrd.img-* "$work/vm/initrd"
-	mke2fs -q -t ext4 -L root -d "$work/root" "$work/vm/root.img" 4G
+	mke2fs -q -t ext4 -L root -d "$work/root" "$work/vm/root.img" 4G >/dev/null
 	chmod 0755 "$work/vm"
 	chmod 0644 "$work"/vm/*
 	rm -rf "$out"
