@@ -165,7 +165,7 @@ func readPid(file string) (int, error) {
 
 // startGrace is how long a start may go on after the end of the init process: a short program may have come to its end
 // before its start is told; and one that died before its start may be waited for by the runtime for ever.
-const startGrace = 5 * time.Second
+const startGrace = 10 * time.Second
 
 func (p *program) start(dead <-chan struct{}) error {
 	ctx, cancel := context.WithCancel(context.Background())

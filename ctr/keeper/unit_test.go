@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/coracle-cri/coracle/ctr/wire"
 )
 
@@ -203,5 +205,38 @@ func TestAHelpTextTellsItsOptions(t *testing.T) {
 		if got := knows(c.help, c.option); got != c.want {
 			t.Errorf("%s in %q: %v", c.option, c.help, got)
 		}
+	}
+}
+
+// TestAProgramThatHasEndedWasStarted: the init process passes the FIFO, the program runs and ends, and only then does
+// the start get to read that it passed. Which of the two is seen first is chance: so many times.
+func TestAProgramThatHasEndedWasStarted(t *testing.T) {
+	e := &inProcess{dir: t.TempDir()}
+	path := filepath.Join(e.dir, "exec.fifo")
+	for range 3000 {
+		if err := unix.Mkfifo(path, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		init, err := os.OpenFile(path, os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := init.Write([]byte("0")); err != nil {
+			t.Fatal(err)
+		}
+		dead := make(chan struct{})
+		close(dead)
+		if err := e.start(dead); err != nil {
+			t.Fatal(err)
+		}
+		init.Close()
+	}
+	if err := unix.Mkfifo(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	dead := make(chan struct{})
+	time.AfterFunc(10*time.Millisecond, func() { close(dead) })
+	if err := e.start(dead); err == nil {
+		t.Error("an init process that died before it passed was started")
 	}
 }
