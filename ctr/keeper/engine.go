@@ -22,7 +22,7 @@ type engine interface {
 	start(dead <-chan struct{}) error
 	// exec runs a process in a container that has been started; several at once. The reaper is held off here too.
 	exec(execution) (child, error)
-	// update puts other limits on the container's cgroup, all or none.
+	// update puts other limits on the container's cgroup. On an error some may be in force; the caller has what was.
 	update(*specs.LinuxResources) error
 	// destroy takes away what there is of the container beside processes. Idempotent.
 	destroy() error

@@ -35,12 +35,10 @@ type program struct {
 	bundle  string
 	member  *sandboxed // nil for a container with processes of its own
 	cgroup  string     // the directory that the program is told to make; "" where there is none
-	// resources are those in force; container.op guards them.
-	resources *specs.LinuxResources
 }
 
 func newProgram(k *Keeper, id string, req *wire.Create) (_ *program, err error) {
-	p := &program{keeper: k, runtime: *req.Runtime, id: id, bundle: filepath.Join(k.bundleDir(), id), resources: req.Spec.Linux.Resources}
+	p := &program{keeper: k, runtime: *req.Runtime, id: id, bundle: filepath.Join(k.bundleDir(), id)}
 	if p.runtime.Sandbox != "" {
 		p.member = &sandboxed{program: p}
 	}
@@ -187,19 +185,7 @@ func (p *program) start(dead <-chan struct{}) error {
 	return r.do(ctx, ends{})
 }
 
-// update has the program write the limits. It stops at the first that the kernel refuses, so that those in force before
-// are put back.
-func (p *program) update(r *specs.LinuxResources) error {
-	err := p.setResources(r)
-	if err == nil {
-		p.resources = r
-	} else if p.resources != nil {
-		err = errors.Join(err, p.setResources(p.resources))
-	}
-	return err
-}
-
-func (p *program) setResources(resources *specs.LinuxResources) error {
+func (p *program) update(resources *specs.LinuxResources) error {
 	r := p.prepare("update")
 	file := r.file("resources")
 	if err := p.write(filepath.Base(file), resources); err != nil {
