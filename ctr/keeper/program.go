@@ -182,7 +182,7 @@ func (p *program) start(dead <-chan struct{}) error {
 	if p.member != nil {
 		return p.member.start(ctx, r)
 	}
-	return r.do(ctx, ends{})
+	return r.do(ctx)
 }
 
 func (p *program) update(resources *specs.LinuxResources) error {
@@ -193,14 +193,14 @@ func (p *program) update(resources *specs.LinuxResources) error {
 	}
 	defer os.Remove(file)
 	r.args = append(r.args, "--resources", file, p.id)
-	return r.do(context.Background(), ends{})
+	return r.do(context.Background())
 }
 
 // signal has the program send a signal: to processes that the keeper cannot reach itself.
 func (p *program) signal(sig syscall.Signal, options ...string) error {
 	r := p.prepare("kill")
 	r.args = append(append(r.args, options...), p.id, strconv.Itoa(int(sig)))
-	return r.do(context.Background(), ends{})
+	return r.do(context.Background())
 }
 
 func (p *program) destroy() error {
@@ -212,7 +212,7 @@ func (p *program) destroy() error {
 	}
 	r := p.prepare("delete")
 	r.args = append(r.args, "--force", p.id)
-	err := r.do(context.Background(), ends{})
+	err := r.do(context.Background())
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
 		// The program has gone. No process is left; its state is.
 		p.keeper.log.Warn("container is taken away without its runtime", "container", p.id, "error", err)

@@ -52,10 +52,18 @@ func (p *program) commandLine(log, command string, args []string) []string {
 		[]string{"--root", p.keeper.programState(), "--log", log, "--log-format", "json", command}, args)
 }
 
-// do runs the program to its end. What it starts inherits the streams; its own complaints go to a log.
-func (r *run) do(ctx context.Context, s ends) error { return r.execute(ctx, s, r.await) }
+// do runs a command that starts nothing to its end. What it says on stderr counts where its log says nothing.
+func (r *run) do(ctx context.Context) error {
+	said, err := os.OpenFile(r.file("err"), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return fmt.Errorf("run %s: %w", r.name(), err)
+	}
+	defer os.Remove(said.Name())
+	defer said.Close()
+	return r.execute(ctx, ends{stdStreams: stdStreams{stderr: said}, said: said}, r.await)
+}
 
-// making is do for a command that leaves a process behind, for whose pid the caller holds the reaper off.
+// making runs a command that leaves a process behind, for whose pid the caller holds the reaper off.
 func (r *run) making(s ends) error {
 	return r.execute(context.Background(), s, func(cmd *exec.Cmd) error {
 		if err := startInView(cmd); err != nil {
@@ -89,6 +97,7 @@ func (r *run) await(cmd *exec.Cmd) (err error) {
 	return err
 }
 
+// execute runs the program by toItsEnd. What it starts inherits the streams; so it complains by a log of its own.
 func (r *run) execute(ctx context.Context, s ends, toItsEnd func(*exec.Cmd) error) error {
 	ctx, cancel := context.WithTimeout(ctx, programTimeout)
 	defer cancel()
@@ -104,18 +113,8 @@ func (r *run) execute(ctx context.Context, s ends, toItsEnd func(*exec.Cmd) erro
 	if s.stdout != nil {
 		cmd.Stdout = s.stdout
 	}
-	said := s.said
 	if s.stderr != nil {
 		cmd.Stderr = s.stderr
-	} else {
-		file, err := os.OpenFile(log+".err", os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
-		if err != nil {
-			return fmt.Errorf("run %s: %w", r.name(), err)
-		}
-		defer os.Remove(file.Name())
-		defer file.Close()
-		// A file, not a pipe: what the program leaves behind may hold it, and nobody waits for its end.
-		cmd.Stderr, said = file, file
 	}
 	err := toItsEnd(cmd)
 	switch {
@@ -126,7 +125,7 @@ func (r *run) execute(ctx context.Context, s ends, toItsEnd func(*exec.Cmd) erro
 	case ctx.Err() != nil:
 		return fmt.Errorf("run %s: its init process is dead", r.name())
 	}
-	return fmt.Errorf("run %s: %w", r.name(), complaint(log, said, err))
+	return fmt.Errorf("run %s: %w", r.name(), complaint(log, s.said, err))
 }
 
 // withTerminal runs the program for a container or a process that gets s, and returns the master of its terminal,
