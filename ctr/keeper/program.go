@@ -91,7 +91,11 @@ func (p *program) create(s ends) (child, error) {
 	if p.member != nil {
 		return p.member.create(r, s)
 	}
-	return p.spawn(r, s)
+	c, err := p.spawn(r, s)
+	if err != nil && p.cgroup != "" {
+		err = errors.Join(err, killCgroup(p.cgroup))
+	}
+	return c, err
 }
 
 func (p *program) exec(x execution) (child, error) {
@@ -115,6 +119,9 @@ func (p *program) exec(x execution) (child, error) {
 	}
 	c, err := p.spawn(r, x.ends)
 	if err != nil {
+		if pid, rerr := readPid(inside); rerr == nil {
+			_ = p.signal(syscall.SIGKILL, "--pid", strconv.Itoa(pid)) // a process in a sandbox, unless it is dead already
+		}
 		return child{}, err
 	}
 	if x.cgroup != "" && !grouped {
@@ -130,8 +137,14 @@ func (p *program) exec(x execution) (child, error) {
 	return c, nil
 }
 
-// spawn runs a command that leaves a process behind, which becomes the keeper's child.
-func (p *program) spawn(r *run, s ends) (child, error) {
+// spawn runs a command that leaves a process behind, which becomes the keeper's child. On an error the caller ends what
+// has got as far as being the container's.
+func (p *program) spawn(r *run, s ends) (_ child, err error) {
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, r.endStrays())
+		}
+	}()
 	file := r.file("pid")
 	defer os.Remove(file)
 	r.args = append(r.args, "--pid-file", file)

@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/opencontainers/cgroups"
@@ -33,6 +34,7 @@ type run struct {
 	number  uint64 // tells its files from those of other runs
 	command string
 	args    []string
+	pid     int // of the program, of a command that leaves a process behind
 }
 
 func (p *program) prepare(command string) *run {
@@ -66,11 +68,32 @@ func (r *run) do(ctx context.Context) error {
 // making runs a command that leaves a process behind, for whose pid the caller holds the reaper off.
 func (r *run) making(s ends) error {
 	return r.execute(context.Background(), s, func(cmd *exec.Cmd) error {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // see endStrays
 		if err := startInView(cmd); err != nil {
 			return err
 		}
+		r.pid = cmd.Process.Pid
 		return cmd.Wait()
 	})
+}
+
+// endStrays ends what a failed run has left and what has not become another program yet, which keeps the command line
+// with the run's own log; and hooks, which are in the program's kernel session.
+func (r *run) endStrays() error {
+	log := []byte("\x00" + r.file("log") + "\x00")
+	err := killUntilNone(killTimeout, func() ([]proc, error) {
+		all, err := allProcs()
+		_, rerr := readProc(r.pid)
+		sessions := r.pid != 0 && rerr != nil // else the number has become another's
+		return family(all, func(p proc) bool {
+			line, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", p.pid)) // ended meanwhile, at worst
+			return sessions && p.session == r.pid || bytes.Contains(line, log)
+		}), err
+	}, r.program.keeper.children.reap)
+	if err != nil {
+		return fmt.Errorf("end what is left of %s: %w", r.name(), err)
+	}
+	return nil
 }
 
 // await leaves the reaper at work: what the program deletes may be waiting to be reaped, and the program for that.
