@@ -240,3 +240,21 @@ func TestAProgramThatHasEndedWasStarted(t *testing.T) {
 		t.Error("an init process that died before it passed was started")
 	}
 }
+
+func TestUndoingALimitWritesWhatWasThere(t *testing.T) {
+	for _, tc := range []struct {
+		then, now string
+		want      []string
+	}{
+		{"max\n", "7\n", []string{"max"}},
+		{"max 100000\n", "20000 100000\n", []string{"max 100000"}},
+		{"\n", "0-1\n", []string{""}},
+		{"", "8:0 rbps=9 wbps=max riops=max wiops=max\n", []string{"8:0 rbps=max wbps=max riops=max wiops=max"}},
+		{"8:0 rbps=5 wbps=max riops=max wiops=max\n", "8:0 rbps=9 wbps=7 riops=max wiops=max\n", []string{"8:0 rbps=5 wbps=max riops=max wiops=max"}},
+		{"default 100\n", "default 50\n8:16 200\n", []string{"8:16 default", "default 100"}},
+	} {
+		if got := undoing(tc.then, tc.now); !slices.Equal(got, tc.want) {
+			t.Errorf("from %q to %q: %q, want %q", tc.now, tc.then, got, tc.want)
+		}
+	}
+}
