@@ -43,6 +43,15 @@ func readProc(pid int) (proc, error) {
 	return proc{pid: pid, parent: parent, session: session, start: start, zombie: zombie}, nil
 }
 
+// clock is the time in which proc.start counts: hundredths of a second since the boot (USER_HZ).
+func clock() (uint64, error) {
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &now); err != nil {
+		return 0, fmt.Errorf("read clock: %w", err)
+	}
+	return uint64(now.Nano() / int64(10*time.Millisecond)), nil
+}
+
 // allProcs lists every process of the node's pid namespace.
 func allProcs() ([]proc, error) {
 	entries, err := os.ReadDir("/proc")

@@ -114,7 +114,7 @@ func (m *sandboxed) start(ctx context.Context, r *run) error {
 	m.streams = stdStreams{}
 	m.mu.Unlock()
 	defer streams.close()
-	if err := r.do(ctx, ends{stdStreams: streams}); err != nil {
+	if err := r.execute(ctx, ends{stdStreams: streams}, r.await); err != nil {
 		return err
 	}
 	m.mu.Lock()

@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/coracle-cri/coracle/ctr/wire"
 )
 
@@ -202,6 +204,57 @@ func TestAHelpTextTellsItsOptions(t *testing.T) {
 		{crun, "--no-new-keyring", false}, {runsc, "-internal-pid-file", true}, {crun, "--pid", false}} {
 		if got := knows(c.help, c.option); got != c.want {
 			t.Errorf("%s in %q: %v", c.option, c.help, got)
+		}
+	}
+}
+
+// TestAProgramThatHasEndedWasStarted: the init process passes the FIFO, the program runs and ends, and only then does
+// the start get to read that it passed. Which of the two is seen first is chance: so many times.
+func TestAProgramThatHasEndedWasStarted(t *testing.T) {
+	e := &inProcess{dir: t.TempDir()}
+	path := filepath.Join(e.dir, "exec.fifo")
+	for range 3000 {
+		if err := unix.Mkfifo(path, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		init, err := os.OpenFile(path, os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := init.Write([]byte("0")); err != nil {
+			t.Fatal(err)
+		}
+		dead := make(chan struct{})
+		close(dead)
+		if err := e.start(dead); err != nil {
+			t.Fatal(err)
+		}
+		init.Close()
+	}
+	if err := unix.Mkfifo(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	dead := make(chan struct{})
+	time.AfterFunc(10*time.Millisecond, func() { close(dead) })
+	if err := e.start(dead); err == nil {
+		t.Error("an init process that died before it passed was started")
+	}
+}
+
+func TestUndoingALimitWritesWhatWasThere(t *testing.T) {
+	for _, tc := range []struct {
+		then, now string
+		want      []string
+	}{
+		{"max\n", "7\n", []string{"max"}},
+		{"max 100000\n", "20000 100000\n", []string{"max 100000"}},
+		{"\n", "0-1\n", []string{""}},
+		{"", "8:0 rbps=9 wbps=max riops=max wiops=max\n", []string{"8:0 rbps=max wbps=max riops=max wiops=max"}},
+		{"8:0 rbps=5 wbps=max riops=max wiops=max\n", "8:0 rbps=9 wbps=7 riops=max wiops=max\n", []string{"8:0 rbps=5 wbps=max riops=max wiops=max"}},
+		{"default 100\n", "default 50\n8:16 200\n", []string{"8:16 default", "default 100"}},
+	} {
+		if got := undoing(tc.then, tc.now); !slices.Equal(got, tc.want) {
+			t.Errorf("from %q to %q: %q, want %q", tc.now, tc.then, got, tc.want)
 		}
 	}
 }
