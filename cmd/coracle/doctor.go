@@ -81,6 +81,9 @@ func runDoctor(ctx context.Context, c config, out io.Writer) error {
 		report("cgroup: "+delegation.Sentence, nil)
 	default: // a node starts all the same, with less
 		fmt.Fprintf(out, "note  cgroup: %s\n      %s\n", delegation.Sentence, delegation.Hint)
+		for i, attempt := range delegation.Attempts {
+			fmt.Fprintf(out, "      tried %d: %s\n", i+1, attempt)
+		}
 	}
 	if bad > 0 {
 		return fmt.Errorf("a node cannot start here; failed checks: %d", bad)
