@@ -179,7 +179,7 @@ func (s *session) kill() error {
 	if s.cgroup != "" {
 		err = errors.Join(err, killCgroup(s.cgroup))
 	}
-	err = errors.Join(err, killUntilNone(killTimeout, s.members, s.keeper.children.reap))
+	err = errors.Join(err, killUntilNone(s.members, s.keeper.children.reap))
 	if err != nil {
 		return fmt.Errorf("end exec: %w", err)
 	}

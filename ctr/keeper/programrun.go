@@ -81,7 +81,7 @@ func (r *run) making(s ends) error {
 // with the run's own log; and hooks, which are in the program's kernel session.
 func (r *run) endStrays() error {
 	log := []byte("\x00" + r.file("log") + "\x00")
-	err := killUntilNone(killTimeout, func() ([]proc, error) {
+	err := killUntilNone(func() ([]proc, error) {
 		all, err := allProcs()
 		_, rerr := readProc(r.pid)
 		sessions := r.pid != 0 && rerr != nil // else the number has become another's
