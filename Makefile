@@ -24,7 +24,7 @@ INVM     = --with bin --with $(CRICTL) --with $(CACHE)/vm/e2e.test --env CORACLE
 FOCUS   ?= OOM|[Rr]esource|stats|metrics|[Ss]ysctl|Security|[Nn]etwork|[Pp]ort|DNS
 
 # The packages with fuzz targets.
-FUZZED  := ./pod ./images
+FUZZED  := ./pod ./images ./netslirp ./cgroupv2
 COVERED  = $(shell $(GO) list ./... | grep -v -x 'github.com/coracle-cri/coracle/e2e')
 CACHE   := .cache
 CRICTL  := $(CACHE)/bin/crictl
@@ -135,15 +135,19 @@ fuzz: ## fuzz every target for FUZZTIME each (a minute), as an ordinary user; RU
 	@scripts/setup.sh --demo
 	@scripts/as-user.sh make fuzz-here RUN='$(RUN)' FUZZTIME=$(FUZZTIME)
 
-# The go command takes one target of one package at a time.
+# The go command takes one target of one package at a time. A package that cannot be built is a failure, and so is a run
+# without a target.
 fuzz-here:
 	@mkdir -p $(GOTMPDIR)
-	@for package in $(FUZZED); do \
-		for target in $$($(GO) test -tags "$(LEAN) $(KEEPER)" -list '^Fuzz' $$package | grep '^Fuzz' | grep -E '$(RUN)'); do \
+	@ran=0; for package in $(FUZZED); do \
+		targets=$$($(GO) test -tags "$(LEAN) $(KEEPER)" -list '^Fuzz' $$package) || { echo "$$targets"; exit 1; }; \
+		for target in $$(echo "$$targets" | grep '^Fuzz' | grep -E '$(RUN)'); do \
 			echo "== $$package $$target"; \
 			$(GO) test -tags "$(LEAN) $(KEEPER)" -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) $$package || exit 1; \
+			ran=$$((ran + 1)); \
 		done; \
-	done
+	done; \
+	[ $$ran -gt 0 ] || { echo "no fuzz target of $(FUZZED) has a name with $(RUN)" >&2; exit 1; }
 
 bench: ## medians of the CRI's calls on a node of its own
 	@scripts/setup.sh --demo

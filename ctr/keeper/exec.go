@@ -172,12 +172,14 @@ func (s *session) watch() {
 func (s *session) kill() error {
 	var err error
 	if s.child.signal != nil {
-		err = s.child.signal(unix.SIGKILL, true)
+		if err = s.child.signal(unix.SIGKILL, true); err != nil && closedWithin(s.exited, endGrace) {
+			err = nil
+		}
 	}
 	if s.cgroup != "" {
 		err = errors.Join(err, killCgroup(s.cgroup))
 	}
-	err = errors.Join(err, killUntilNone(killTimeout, s.members, s.keeper.children.reap))
+	err = errors.Join(err, killUntilNone(s.members, s.keeper.children.reap))
 	if err != nil {
 		return fmt.Errorf("end exec: %w", err)
 	}

@@ -43,7 +43,7 @@ func (c *container) empty() error {
 		}
 	}
 	if !c.member.ownPID {
-		if err := killUntilNone(killTimeout, c.members, c.keeper.children.reap); err != nil {
+		if err := killUntilNone(c.members, c.keeper.children.reap); err != nil {
 			return err
 		}
 		c.keeper.children.reapOrphans()
@@ -86,7 +86,7 @@ func (c *container) endStrays(cgroup string, since uint64) error {
 	}
 	c.making.Lock()
 	defer c.making.Unlock()
-	err := killUntilNone(killTimeout, func() ([]proc, error) {
+	err := killUntilNone(func() ([]proc, error) {
 		members, err := c.members()
 		return family(members, func(p proc) bool {
 			return p.parent == os.Getpid() && p.start >= since && !c.keeper.children.own(p.pid)

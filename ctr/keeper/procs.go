@@ -116,8 +116,8 @@ func signalProcs(list []proc, sig syscall.Signal) {
 
 // killUntilNone kills what list finds, again and again, because processes may fork while they are being listed,
 // until list finds nothing and all that were killed are dead, or the time is over. reap is called for each.
-func killUntilNone(limit time.Duration, list func() ([]proc, error), reap func(pid int)) error {
-	deadline := time.Now().Add(limit)
+func killUntilNone(list func() ([]proc, error), reap func(pid int)) error {
+	deadline := time.Now().Add(killTimeout)
 	killed := map[int]proc{}
 	for pause := time.Millisecond; ; pause = min(2*pause, 50*time.Millisecond) {
 		found, err := list()
@@ -139,7 +139,7 @@ func killUntilNone(limit time.Duration, list func() ([]proc, error), reap func(p
 			return nil
 		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("kill processes: %d still live after %s", len(killed), limit)
+			return fmt.Errorf("kill processes: %d still live after %s", len(killed), killTimeout)
 		}
 		time.Sleep(pause)
 	}

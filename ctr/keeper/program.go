@@ -40,7 +40,7 @@ type program struct {
 func newProgram(k *Keeper, id string, req *wire.Create) (_ *program, err error) {
 	p := &program{keeper: k, runtime: *req.Runtime, id: id, bundle: filepath.Join(k.bundleDir(), id)}
 	if p.runtime.Sandbox != "" {
-		p.member = &sandboxed{program: p}
+		p.member = &sandboxed{program: p, ended: make(chan struct{})}
 	}
 	if err := os.MkdirAll(k.bundleDir(), 0o700); err != nil {
 		return nil, fmt.Errorf("make bundle directory: %w", err)

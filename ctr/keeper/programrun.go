@@ -81,7 +81,7 @@ func (r *run) making(s ends) error {
 // with the run's own log; and hooks, which are in the program's kernel session.
 func (r *run) endStrays() error {
 	log := []byte("\x00" + r.file("log") + "\x00")
-	err := killUntilNone(killTimeout, func() ([]proc, error) {
+	err := killUntilNone(func() ([]proc, error) {
 		all, err := allProcs()
 		_, rerr := readProc(r.pid)
 		sessions := r.pid != 0 && rerr != nil // else the number has become another's
@@ -272,9 +272,14 @@ func (r *run) takes(option string) bool {
 		ctx, cancel := context.WithTimeout(context.Background(), programTimeout)
 		defer cancel()
 		cmd := exec.CommandContext(ctx, rt.Path, append(slices.Clone(rt.Args), r.command, "--help")...)
-		cmd.Env = programEnv()
-		out, _ := cmd.CombinedOutput() // some end with an error after having helped
-		help, _ = cache.LoadOrStore(key, string(out))
+		cmd.Env, cmd.WaitDelay = programEnv(), time.Second // whatever it starts may hold the pipe
+		out, err := cmd.CombinedOutput()
+		help = string(out)
+		// Some end with an error after having helped. One that did not run or was killed is asked again the next time.
+		var exit *exec.ExitError
+		if len(out) > 0 && (err == nil || errors.Is(err, exec.ErrWaitDelay) || errors.As(err, &exit) && exit.Exited()) {
+			cache.Store(key, help)
+		}
 	}
 	return knows(help.(string), option)
 }

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -256,5 +257,43 @@ func TestUndoingALimitWritesWhatWasThere(t *testing.T) {
 		if got := undoing(tc.then, tc.now); !slices.Equal(got, tc.want) {
 			t.Errorf("from %q to %q: %q, want %q", tc.now, tc.then, got, tc.want)
 		}
+	}
+}
+
+func TestARuntimeIsAskedForItsOptionsUntilItAnswers(t *testing.T) {
+	dir := t.TempDir()
+	path, child := filepath.Join(dir, "runtime"), filepath.Join(dir, "child")
+	r := &run{program: &program{keeper: &Keeper{}, runtime: wire.Runtime{Path: path}}, command: "exec"}
+	answer := func(script string) {
+		t.Helper()
+		if err := os.WriteFile(path+".new", []byte("#!/bin/sh\n"+script), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chtimes(path+".new", time.Time{}, time.Unix(1, 0)); err != nil { // the same program, for all one can see
+			t.Fatal(err)
+		}
+		if err := os.Rename(path+".new", path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, script := range []string{"kill -9 $$", "exit 1", "echo --other; kill -9 $$"} {
+		if answer(script); r.takes("--option") {
+			t.Errorf("%q takes it", script)
+		}
+	}
+	// It helps by an error, and leaves a child that holds its output.
+	answer(fmt.Sprintf("sleep 1000 & echo $! >%s; echo --option; exit 1", child))
+	if !r.takes("--option") {
+		t.Error("what was no answer is remembered")
+	}
+	if pid, err := readPid(child); err != nil {
+		t.Error(err)
+	} else if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+		t.Error(err)
+	} else {
+		_, _ = syscall.Wait4(pid, nil, 0, nil) // where this process is its reaper
+	}
+	if answer("echo --other"); !r.takes("--option") || r.takes("--other") {
+		t.Error("an answer is not remembered")
 	}
 }
