@@ -116,6 +116,9 @@ configure() {
 	END
 	write /usr/local/bin/vm-command 0755 <<-'END'
 		#!/bin/bash
+		# A unit with Delegate=yes: this shell and what it runs go into a leaf, so that controllers can be enabled beside it.
+		unit=/sys/fs/cgroup$(sed -n 's/^0:://p' /proc/self/cgroup)
+		[ ! -w "$unit/cgroup.procs" ] || { mkdir "$unit/session" && echo $$ >"$unit/session/cgroup.procs"; }
 		# The environment and the words of the command, each ended by NUL.
 		mapfile -d '' -t vars </payload/.environment
 		mapfile -d '' -t words </payload/.command
