@@ -157,7 +157,7 @@ func TestNormalize(t *testing.T) {
 	for _, bad := range []PortMapping{
 		{Protocol: "icmp", HostPort: 1, ContainerPort: 1},
 		{HostPort: -1, ContainerPort: 1}, {HostPort: 65536, ContainerPort: 1}, {HostPort: 1}, {HostPort: 1, ContainerPort: 65536},
-		{HostPort: 1, ContainerPort: 1, HostIP: "localhost"},
+		{HostPort: 1, ContainerPort: 1, HostIP: "localhost"}, {HostPort: 1, ContainerPort: 1, HostIP: "fe80::1%eth0"},
 	} {
 		_, err := normalize([]PortMapping{bad})
 		wantIs(t, err, ErrInvalid, "publish host port")
