@@ -1,19 +1,21 @@
 #!/bin/bash
-# Makes a fresh Debian or Ubuntu ready for coracle: `scripts/setup.sh [--demo | --test] [--user NAME]`.
+# Makes a fresh Debian or Ubuntu ready for coracle: `scripts/setup.sh [--demo | --test | --kube] [--user NAME]`.
 #
 # Says what it is going to change and why before it does, uses sudo where it is not started as root, and does, asks
 # and prints nothing where nothing is missing. --demo adds what the demo and the benchmark need, --test what the
-# end-to-end tests need; --user names the account that is going to run coracle (default: the calling one).
+# end-to-end tests need, --kube what a Kubernetes cluster needs beside; --user names the account that is going to run
+# coracle (default: the calling one).
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
-user=$(id -un) demo='' test=''
+user=$(id -un) demo='' test='' kube=''
 while [ $# -gt 0 ]; do
 	case $1 in
 	--demo) demo=1 ;;
 	--test) demo=1 test=1 ;;
+	--kube) demo=1 kube=1 ;;
 	--user) user=$2 && shift ;;
-	*) die "usage: setup.sh [--demo | --test] [--user NAME]" ;;
+	*) die "usage: setup.sh [--demo | --test | --kube] [--user NAME]" ;;
 	esac
 	shift
 done
@@ -36,6 +38,9 @@ packages() {
 	END
 	[ -z "$demo" ] || cat <<-END
 		busybox-static the small image that is built on the spot
+	END
+	[ -z "$kube" ] || cat <<-END
+		nftables       nft, by which kube-proxy sets up services
 	END
 	[ -z "$test" ] || cat <<-END
 		debootstrap    builds the test image of a real distribution

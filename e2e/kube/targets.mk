@@ -3,7 +3,7 @@
 # The programs are built in a folder of their own; all but CoreDNS are links to one.
 KUBE := $(CACHE)/kube
 
-.PHONY: kube clusterkit
+.PHONY: kube clusterkit e2e-kube e2e-kube-here
 
 kube: $(KUBE)/kube $(KUBE)/coredns clusterkit ## build Kubernetes and CoreDNS from their Go modules, once: for scripts/kubelet and scripts/cluster
 
@@ -29,3 +29,14 @@ $(KUBE)/coredns: e2e/kube/go.mod e2e/kube/go.sum e2e/kube/coredns/main.go
 	@echo "building CoreDNS" >&2
 	@cd e2e/kube && $(GO) build -trimpath -ldflags "-s -w -linkmode external -extldflags -static" -o $(CURDIR)/$@ ./coredns
 	@touch $@
+
+# HEALTH is in one of the images of the tests.
+HEALTH := $(KUBE)/health
+
+e2e-kube: ## build Kubernetes, start a cluster as an ordinary user and prove with kubectl that it works; RUN=TestName for some
+	@scripts/setup.sh --kube
+	@scripts/as-user.sh make e2e-kube-here RUN='$(RUN)'
+
+e2e-kube-here: build kube $(CRICTL)
+	@CGO_ENABLED=0 $(GO) build -trimpath -o $(HEALTH) ./e2e/cluster/health
+	@CORACLE_E2E_KUBE=$(CURDIR)/$(KUBE) CORACLE_E2E_CRICTL=$(CURDIR)/$(CRICTL) $(GO) test -v -count=1 -timeout 40m -parallel 4 -run '$(RUN)' ./e2e/cluster

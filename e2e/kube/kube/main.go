@@ -61,7 +61,7 @@ func main() {
 // runKubectl runs kubectl as its own main does: it sets its verbosity before the command is made, and tells errors in
 // its own words.
 func runKubectl() int {
-	_ = logs.GlogSetter(kubectl.GetLogVerbosity(os.Args))
+	_, _ = logs.GlogSetter(kubectl.GetLogVerbosity(os.Args))
 	if err := cli.RunNoErrOutput(kubectl.NewDefaultKubectlCommand()); err != nil {
 		kubectlutil.CheckErr(err)
 	}
