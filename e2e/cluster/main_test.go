@@ -18,8 +18,9 @@ import (
 	"github.com/coracle-cri/coracle/e2e/fixture"
 )
 
-// programs is the directory of Kubernetes' programs, crictl a program.
+// programs is the directory of Kubernetes' programs, crictl a program; keep leaves the cluster for a look at it.
 var (
+	keep     = os.Getenv("CORACLE_E2E_KEEP") != ""
 	programs = os.Getenv("CORACLE_E2E_KUBE")
 	crictl   = os.Getenv("CORACLE_E2E_CRICTL")
 )
@@ -66,7 +67,11 @@ func run(m *testing.M) (code int, err error) {
 	if err != nil {
 		return 1, err
 	}
-	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	defer func() {
+		if !keep {
+			err = errors.Join(err, os.RemoveAll(dir))
+		}
+	}()
 	the = cluster{dir: dir, env: append(os.Environ(), "XDG_RUNTIME_DIR="+dir+"/run", "XDG_DATA_HOME="+dir+"/data", "XDG_CONFIG_HOME="+dir+"/config",
 		"CORACLE_CONFIG="+dir+"/coracle.yaml")}
 	for _, sub := range []string{"run", "data", "config"} {
@@ -162,8 +167,8 @@ const coracleSettings = "{}\n"
 
 // down ends the cluster and looks for what it has left.
 func (c *cluster) down() error {
-	if os.Getenv("CORACLE_E2E_KEEP") != "" {
-		fmt.Println("=== kept:", c.dir)
+	if keep {
+		fmt.Printf("=== the cluster is kept; to end it, run: XDG_RUNTIME_DIR=%[1]s/run XDG_DATA_HOME=%[1]s/data scripts/cluster down --name %s; rm -r %[1]s\n", c.dir, name)
 		return nil
 	}
 	began := time.Now()

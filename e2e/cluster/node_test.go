@@ -22,9 +22,9 @@ func TestNode(t *testing.T) {
 	if got := field(`{.status.conditions[?(@.type=="Ready")].status}`); got != "True" {
 		t.Errorf("the node's condition Ready is %q", got)
 	}
-	client := kubectl(t, "version", "--client", "-o", "jsonpath={.clientVersion.gitVersion}")
-	if got := field("{.status.nodeInfo.kubeletVersion}"); got != client || !strings.HasPrefix(got, "v1.") {
-		t.Errorf("the kubelet's version is %q, kubectl's %q", got, client)
+	client := kubectl(t, "version", "--client")
+	if got := field("{.status.nodeInfo.kubeletVersion}"); !strings.HasPrefix(got, "v1.") || !strings.Contains(client, "Client Version: "+got+"\n") {
+		t.Errorf("the kubelet's version is %q, and kubectl says %q", got, client)
 	}
 	for _, pressure := range []string{"DiskPressure", "MemoryPressure", "PIDPressure"} {
 		if got := field(`{.status.conditions[?(@.type=="` + pressure + `")].status}`); got != "False" {

@@ -102,7 +102,7 @@ func TestRestarts(t *testing.T) {
 		extra := "after-" + what
 		s.apply(pod(extra, "sleep 1000", ""))
 		s.ready(extra)
-		if got := s.exec(extra, "wget -T 5 -qO- http://web/"); !strings.HasPrefix(got, "one from") {
+		if got := s.exec(extra, "wget -qO- http://web/"); !strings.HasPrefix(got, "one from") {
 			t.Errorf("after the restart of %s the service answers %q", what, got)
 		}
 		s.kubectl("delete", "pod", extra, "--now")

@@ -47,7 +47,7 @@ func TestDeployment(t *testing.T) {
 	address, nodePort := s.get("service/web", "{.spec.clusterIP}"), s.get("service/web", "{.spec.ports[0].nodePort}")
 	for _, host := range []string{address, "web", "web." + s.name + ".svc.cluster.local"} {
 		s.eventually("the service answers as "+host, func() error {
-			out, err := s.try("exec", "client", "--", "wget", "-T", "2", "-qO-", "http://"+host+"/")
+			out, err := s.try("exec", "client", "--", "wget", "-qO-", "http://"+host+"/")
 			if err == nil && !strings.HasPrefix(out, "one from web-") {
 				err = fmt.Errorf("it says %q", out)
 			}
