@@ -65,7 +65,7 @@ func TestRestarts(t *testing.T) {
 		"kube-proxy":     func() { restarted(t, "kube-proxy") },
 		"daemon": func() {
 			for _, sig := range []string{"-TERM", "-KILL"} {
-				old, err := the.coracle("enter", "--", "pgrep", "-f", "coracle daemon")
+				old, err := the.coracle("enter", "--", "pgrep", "-f", `^[^ ]*/coracle daemon`)
 				if err != nil {
 					t.Fatal(err)
 				}
