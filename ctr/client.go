@@ -29,6 +29,8 @@ type (
 	Event = wire.Event
 	// Info describes the keeper.
 	Info = wire.Info
+	// Runtime names an OCI runtime program.
+	Runtime = wire.Runtime
 )
 
 // The types of events.
@@ -55,13 +57,15 @@ type CreateRequest struct {
 	// Stdin keeps standard input open for attach; StdinOnce closes it after the first attach that had it.
 	Stdin, StdinOnce bool
 	TTY              bool
+	// Runtime makes the container and runs what is executed in it; nil is libcontainer in the keeper.
+	Runtime *Runtime
 }
 
 // Create makes a container whose init process waits for Start. On an error nothing of it is left. A program that
 // cannot be executed is an error here, not of Start.
 func (c *Client) Create(ctx context.Context, r CreateRequest) (State, error) {
 	return c.callState(ctx, wire.Request{Op: wire.OpCreate, ID: r.ID, Create: &wire.Create{
-		Spec: r.Spec, LogPath: r.LogPath, Stdin: r.Stdin, StdinOnce: r.StdinOnce, TTY: r.TTY}})
+		Spec: r.Spec, LogPath: r.LogPath, Stdin: r.Stdin, StdinOnce: r.StdinOnce, TTY: r.TTY, Runtime: r.Runtime}})
 }
 
 // Start lets a created container run.

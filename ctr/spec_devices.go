@@ -93,6 +93,10 @@ func (b *builder) device(d *runtimeapi.Device) ([]specs.Mount, error) {
 	case !src.Mode.IsDir():
 		return nil, invalid("device %s is neither a device nor a directory of devices", host)
 	}
+	if src.Path != "/dev" && !strings.HasPrefix(src.Path, "/dev/") {
+		// All below it is looked at, which of another place may be a whole disk.
+		return nil, invalid("device %s: a directory of devices must be below /dev", host)
+	}
 	nodes, err := b.req.Host.FS.Devices(src.Path)
 	if err != nil {
 		return nil, err

@@ -196,6 +196,7 @@ func TestDevices(t *testing.T) {
 		{ErrInvalid, "does not exist", &runtimeapi.Device{HostPath: "/dev/none"}},
 		{ErrInvalid, "neither a device", &runtimeapi.Device{HostPath: "/etc/motd"}},
 		{ErrInvalid, "no device", &runtimeapi.Device{HostPath: "/dev/empty"}},
+		{ErrInvalid, "below /dev", &runtimeapi.Device{HostPath: testRootfs}},
 		{ErrInvalid, "permissions", &runtimeapi.Device{HostPath: "/dev/fuse", Permissions: "rx"}},
 		{ErrInvalid, "absolute", &runtimeapi.Device{HostPath: "fuse"}},
 		{ErrUnsupported, "nodev", &runtimeapi.Device{HostPath: "/srv/disk"}},

@@ -224,6 +224,11 @@ func (d *distribution) hostPort(t *testing.T) {
 			t.Errorf("host port %s: %q, %v", addr, body, err)
 		}
 	}
+	for _, port := range []string{portAll, portLocal} { // as critest, a kubelet and host-network pods ask, inside the node
+		if r := d.coracle("enter", "--", "curl", "-fsS", "--max-time", "5", "http://127.0.0.1:"+port+"/"); r.code != 0 || r.out != fixture.Page {
+			t.Errorf("host port %s inside the node: exit code %d, %q, %s", port, r.code, r.out, r.errs)
+		}
+	}
 	if _, err := net.DialTimeout("tcp", box.Address+":"+portLocal, time.Second); err == nil {
 		t.Errorf("port %s was asked for on 127.0.0.1 and answers on %s", portLocal, box.Address)
 	}

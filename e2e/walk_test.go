@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -145,6 +146,7 @@ func (w *walk) execute(t *testing.T) {
 	if out := w.exec(w.server, "sh", "-c", "echo $FROM_IMAGE $FROM_POD; hostname; pwd; id -u"); out != "yes yes\nwalk\n/www\n0" {
 		t.Errorf("exec: %q", out)
 	}
+	w.addresses(t)
 	if out := w.crictl("exec", "--sync", w.server, "cat", "/www/index.html"); !strings.Contains(out, "hello from a coracle") {
 		t.Errorf("exec --sync: %q", out)
 	}
@@ -333,6 +335,28 @@ func get(client *http.Client, url string) (string, error) {
 		err = fmt.Errorf("status %s", resp.Status)
 	}
 	return string(body), err
+}
+
+// addresses: the pod has one of IPv4 and, where the kernel has IPv6, another; it finds both under its own name.
+func (w *walk) addresses(t *testing.T) {
+	network := w.inspect("inspectp", w.pod).field("network")
+	ips := []string{w.podIP(w.pod)}
+	if _, err := os.Stat("/proc/sys/net/ipv6"); err == nil {
+		more := regexp.MustCompile(`fd63:6f72:6163:6c65::[0-9a-f]+`).FindString(fmt.Sprint(network))
+		if more == "" {
+			t.Fatalf("the pod has no IPv6 address: %v", network)
+		}
+		ips = append(ips, more)
+	}
+	hosts := w.exec(w.server, "cat", "/etc/hosts")
+	for _, ip := range ips {
+		if !strings.Contains(hosts, ip+"\twalk") {
+			t.Errorf("the pod's hosts file has no %s:\n%s", ip, hosts)
+		}
+		if out := w.exec(w.server, "wget", "-q", "-O", "-", "http://"+net.JoinHostPort(ip, "8080")+"/index.html"); !strings.Contains(out, "hello from a coracle") {
+			t.Errorf("the pod's server answers at %s: %q", ip, out)
+		}
+	}
 }
 
 func (w *walk) enter(t *testing.T) {

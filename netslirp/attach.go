@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"net/netip"
 	"os"
 	"slices"
@@ -45,46 +44,80 @@ func (n *Network) attach(ctx context.Context, req AttachRequest) (Attachment, er
 		return Attachment{}, err
 	}
 	defer netns.Close()
-	r, p, err := n.claim(req.PodID, ports)
+	r, current, err := n.claim(req.PodID, ports)
 	if err != nil {
 		return Attachment{}, err
 	}
 	defer n.end(r.PodID)
-	if err := n.take(ctx, r, p, netns); err != nil {
+	if err := n.take(ctx, r, current, netns); err != nil {
 		n.forget(r.PodID)
 		return Attachment{}, err
 	}
-	return Attachment{IP: r.ip().String()}, nil
+	got := Attachment{IP: r.ip().String()}
+	for _, a := range r.Addresses[1:] {
+		got.AdditionalIPs = append(got.AdditionalIPs, a.Addr().String())
+	}
+	return got, nil
 }
 
 // take gets everything that the claim is for, or nothing.
-func (n *Network) take(ctx context.Context, r *record, p *pool, netns *os.File) (err error) {
+func (n *Network) take(ctx context.Context, r *record, current []*pool, netns *os.File) (err error) {
 	var u undo
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, u.run(ctx))
 		}
 	}()
-	ip, err := p.take(r.PodID)
-	if err != nil {
-		return err
+	u.push(func(context.Context) error { return n.ledger.release(r.PodID) }) // first: there may be two to take
+	var addresses []netip.Prefix
+	for _, p := range current {
+		a, err := p.take(r.PodID)
+		if err != nil {
+			return err
+		}
+		addresses = append(addresses, a)
 	}
-	u.push(func(context.Context) error { return n.ledger.release(r.PodID) })
-	n.setAddress(r, ip)
+	n.setAddresses(r, addresses)
 	if err := n.records.save(r); err != nil {
 		return err
 	}
 	u.push(func(context.Context) error { return n.records.remove(r.PodID) })
 
 	u.push(func(context.Context) error { return n.node.remove(r.Link) }) // first: plug may fail half way
-	if err := n.node.plug(r, netns, p.gateway); err != nil {
+	refused, err := n.node.plug(r, netns)
+	if err != nil {
+		return err
+	}
+	if err := n.doWithout(r, refused); err != nil {
 		return err
 	}
 	return n.publish(ctx, r, &u)
 }
 
+// doWithout takes back addresses that the pod's namespace refused.
+func (n *Network) doWithout(r *record, refused []netip.Prefix) error {
+	if len(refused) == 0 {
+		return nil
+	}
+	left := slices.DeleteFunc(slices.Clone(r.Addresses), func(a netip.Prefix) bool { return slices.Contains(refused, a) })
+	if len(left) == 0 {
+		return fmt.Errorf("give %s an address of %s, the only pod CIDR: a sysctl of the pod disables IPv6: %w",
+			podInterface, refused[0].Masked(), ErrInvalid)
+	}
+	n.setAddresses(r, left)
+	if err := n.records.save(r); err != nil {
+		return err
+	}
+	for _, a := range refused {
+		if err := n.ledger.drop(r.PodID, a.Addr()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // claim enters the pod and its host ports in memory, or says who has them.
-func (n *Network) claim(podID string, ports []PortMapping) (*record, *pool, error) {
+func (n *Network) claim(podID string, ports []PortMapping) (*record, []*pool, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	switch {
@@ -102,11 +135,10 @@ func (n *Network) claim(podID string, ports []PortMapping) (*record, *pool, erro
 			}
 		}
 	}
-	p := n.pools[len(n.pools)-1]
-	r := &record{Version: recordVersion, PodID: podID, Link: newLink(), Prefix: p.prefix, Ports: ports, Addresses: []netip.Addr{{}}}
+	r := &record{Version: recordVersion, PodID: podID, Link: newLink(), Ports: ports}
 	n.pods[podID] = r
 	n.beginLocked(podID)
-	return r, p, nil
+	return r, n.pools.current, nil
 }
 
 // beginLocked is called with mu held. Each call has one of end.
@@ -122,10 +154,10 @@ func (n *Network) end(podID string) {
 	n.ops.Done()
 }
 
-func (n *Network) setAddress(r *record, ip netip.Addr) {
+func (n *Network) setAddresses(r *record, addresses []netip.Prefix) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	r.Addresses = []netip.Addr{ip}
+	r.Addresses = addresses
 }
 
 func (n *Network) forget(podID string) {
@@ -139,14 +171,17 @@ func (n *Network) publish(ctx context.Context, r *record, u *undo) error {
 	if len(r.Ports) == 0 {
 		return nil
 	}
-	inside := forwards(r.ip(), r.Ports)
+	inside := forwards(r)
 	u.push(func(context.Context) error { return n.firewall.remove(inside) })
 	if err := n.firewall.add(inside); err != nil {
 		return err
 	}
-	u.push(func(ctx context.Context) error { return n.ports.unpublish(ctx, r.ip()) })
+	u.push(func(ctx context.Context) error { return n.ports.unpublish(ctx, r) })
 	for _, m := range r.Ports {
-		if err := n.ports.publish(ctx, r.ip(), m); err != nil {
+		if ip, err := netip.ParseAddr(m.HostIP); err == nil && n.node.has(ip) {
+			continue // the firewall has it; the host has no such address
+		}
+		if err := n.ports.publish(ctx, m.target(r), m); err != nil {
 			return err
 		}
 	}
@@ -182,10 +217,10 @@ func (n *Network) Detach(ctx context.Context, podID, netNS string) error {
 
 func (n *Network) giveBack(ctx context.Context, r *record) error {
 	if len(r.Ports) > 0 {
-		if err := n.ports.unpublish(ctx, r.ip()); err != nil {
+		if err := n.ports.unpublish(ctx, r); err != nil {
 			return err
 		}
-		if err := n.firewall.remove(forwards(r.ip(), r.Ports)); err != nil {
+		if err := n.firewall.remove(forwards(r)); err != nil {
 			return err
 		}
 	}
@@ -196,58 +231,4 @@ func (n *Network) giveBack(ctx context.Context, r *record) error {
 		return err
 	}
 	return n.records.remove(r.PodID)
-}
-
-// Reconcile gives back what belongs to no live pod: after a crash, before new pods come. It does all that it can
-// and reports all that failed.
-func (n *Network) Reconcile(ctx context.Context, live map[string]bool) error {
-	// What the kernel and the disk have is listed first: what a pod gets after that is not in these lists, and
-	// what it got before is in n.pods, where it is entered first of all.
-	links, err := n.node.links()
-	if err != nil {
-		return fmt.Errorf("reconcile network: %w", err)
-	}
-	owners := n.ledger.owners()
-	n.mu.Lock()
-	pods, busy := maps.Clone(n.pods), maps.Clone(n.busy)
-	n.mu.Unlock()
-
-	var errs []error
-	known := map[string]bool{}
-	for id, r := range pods {
-		known[r.Link] = true
-		if !live[id] && !busy[id] {
-			errs = append(errs, n.Detach(ctx, id, ""))
-		}
-	}
-	for _, link := range links {
-		if !known[link] {
-			errs = append(errs, n.node.unplug(link))
-		}
-	}
-	for _, id := range owners {
-		if pods[id] == nil { // host-local wrote it, the crash came before our record
-			errs = append(errs, n.ledger.release(id))
-		}
-	}
-	errs = append(errs, n.unpublishStrays(ctx))
-	if err := errors.Join(errs...); err != nil {
-		return fmt.Errorf("reconcile network: %w", err)
-	}
-	return nil
-}
-
-// unpublishStrays ends published ports that lead to an address of ours that no pod has.
-func (n *Network) unpublishStrays(ctx context.Context) error {
-	prefixes := n.prefixes()
-	return n.ports.unpublishIf(ctx, func(childIP netip.Addr) bool {
-		n.mu.Lock()
-		defer n.mu.Unlock()
-		for _, r := range n.pods {
-			if r.ip() == childIP {
-				return false
-			}
-		}
-		return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return p.Contains(childIP) })
-	})
 }

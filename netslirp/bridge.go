@@ -1,37 +1,18 @@
 package netslirp
 
 import (
-	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
-
-// linkPrefix and 12 hex digits name the node's end of a pod's veth: 15 bytes, the most that Linux takes.
-const linkPrefix = "pod"
-
-// newLink returns a name that no link had or will have, so that a link that is still being deleted is never
-// mistaken for a new pod's.
-func newLink() string {
-	raw := make([]byte, 6)
-	rand.Read(raw) // never fails (crypto/rand)
-	return linkPrefix + hex.EncodeToString(raw)
-}
-
-// hardwareAddr derives a MAC from the address, as CNI's bridge plugin does. An address that is given again thus
-// answers at the MAC that neighbour caches already hold for it.
-func hardwareAddr(ip netip.Addr) net.HardwareAddr {
-	b := ip.As16()
-	return net.HardwareAddr{0x0a, 0x58, b[12], b[13], b[14], b[15]} // 0x0a: locally administered, unicast
-}
 
 // node is the kernel's side: the node's network namespace, its bridge and the links of the pods.
 type node struct {
@@ -39,53 +20,95 @@ type node struct {
 	route  *netlink.Handle // its socket is inside ns; safe for use by several goroutines
 	bridge netlink.Link
 	reaper *reaper
+	noIPv6 error // why there is no IPv6 here, or nil
 }
 
-// openNode enters the namespace at path and makes what is missing of the bridge.
-func openNode(path, bridge string, mtu int, gateway netip.Addr) (*node, error) {
+// openNode enters the namespace at path and lets it forward packets.
+func openNode(path string, mtu int) (*node, error) {
 	ns, err := openNetNS(path)
 	if err != nil {
 		return nil, err
 	}
 	n := &node{ns: ns}
-	if err := n.setUp(bridge, mtu, gateway); err != nil {
+	if err := inNetNS(n.ns, func() error { return n.setUp(mtu) }); err != nil {
 		return nil, errors.Join(err, n.close())
 	}
+	n.reaper.kick() // what a crash left retired
 	return n, nil
 }
 
-func (n *node) setUp(bridge string, mtu int, gateway netip.Addr) error {
-	err := inNetNS(n.ns, func() (err error) {
-		// /proc/sys/net shows the namespace of the thread that opens it.
-		if err := writeSysctl("ipv4/ip_forward", "1"); err != nil {
-			return err
-		}
-		if n.route, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
-			return fmt.Errorf("open netlink socket of the node: %w", err)
-		}
-		if n.reaper, err = startReaper(); err != nil {
-			return err
-		}
-		if err := routeForeign(n.route); err != nil {
-			return err
-		}
-		if n.bridge, err = ensureBridge(n.route, bridge, mtu, gateway); err != nil {
-			return err
-		}
-		// Pods of one bridge reach each other through it: do not tell them of a shorter way. The kernel
-		// sends redirects where either of the two says so.
-		return errors.Join(writeSysctl("ipv4/conf/all/send_redirects", "0"),
-			writeSysctl("ipv4/conf/"+bridge+"/send_redirects", "0"))
-	})
-	if err != nil {
+// setUp runs on a thread inside the namespace: /proc/sys/net shows that of the thread that opens it.
+func (n *node) setUp(mtu int) (err error) {
+	if n.route, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return fmt.Errorf("open netlink socket of the node: %w", err)
+	}
+	if n.reaper, err = startReaper(); err != nil {
 		return err
 	}
-	n.reaper.kick() // what a crash left retired
+	if err := writeSysctl("ipv4/ip_forward", "1"); err != nil {
+		return err
+	}
+	if n.noIPv6 = checkIPv6(mtu); n.noIPv6 == nil {
+		if err := writeSysctl("ipv6/conf/all/forwarding", "1"); err != nil {
+			return err
+		}
+	}
+	for _, f := range n.families() {
+		if err := routeForeign(n.route, f); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 
-// routeLoopback lets connections of the node's own 127.0.0.1 reach pods by the bridge. The firewall has to stand.
-func (n *node) routeLoopback() error {
+// families are the versions of IP that this node has.
+func (n *node) families() []*family {
+	if n.noIPv6 != nil {
+		return []*family{ipv4}
+	}
+	return []*family{ipv4, ipv6}
+}
+
+// checkIPv6 tells why the calling thread's namespace cannot have IPv6.
+func checkIPv6(mtu int) error {
+	const leastMTU = 1280 // RFC 8200; below it the kernel takes IPv6 from an interface
+	disabled, err := os.ReadFile("/proc/sys/net/ipv6/conf/all/disable_ipv6")
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return errors.New("this kernel has no IPv6 (no /proc/sys/net/ipv6)")
+	case err != nil:
+		return fmt.Errorf("whether there is IPv6 cannot be told: %w", err)
+	case strings.TrimSpace(string(disabled)) != "0":
+		return errors.New("IPv6 is disabled in new network namespaces of this host (net.ipv6.conf.all.disable_ipv6)")
+	case mtu < leastMTU:
+		return fmt.Errorf("IPv6 needs an MTU of %d, and network.mtu is %d", leastMTU, mtu)
+	}
+	return nil
+}
+
+// layBridge makes what is missing of the bridge.
+func (n *node) layBridge(name string, mtu int, mac net.HardwareAddr) error {
+	return inNetNS(n.ns, func() (err error) {
+		if n.bridge, err = ensureBridge(n.route, name, mtu, mac); err != nil {
+			return err
+		}
+		if n.noIPv6 == nil { // nobody else can have the addresses of the bridge
+			if err := writeSysctl("ipv6/conf/"+name+"/accept_dad", "0"); err != nil {
+				return err
+			}
+		}
+		if err := n.route.LinkSetUp(n.bridge); err != nil {
+			return fmt.Errorf("set %s up: %w", name, err)
+		}
+		// Pods of one bridge reach each other through it: do not tell them of a shorter way. The kernel
+		// sends redirects where either of the two says so. For IPv6 the firewall drops them.
+		return errors.Join(writeSysctl("ipv4/conf/all/send_redirects", "0"),
+			writeSysctl("ipv4/conf/"+name+"/send_redirects", "0"))
+	})
+}
+
+// openLoopback lets the node reach host ports at its 127.0.0.1 (see firewall).
+func (n *node) openLoopback() error {
 	return inNetNS(n.ns, func() error { return writeSysctl("ipv4/conf/"+n.bridge.Attrs().Name+"/route_localnet", "1") })
 }
 
@@ -101,24 +124,35 @@ func (n *node) close() error {
 
 // writeSysctl sets net.<name> of the calling thread's namespace.
 func writeSysctl(name, value string) error {
-	path := "/proc/sys/net/" + name
-	if have, err := os.ReadFile(path); err == nil && strings.TrimSpace(string(have)) == value {
+	if have, err := os.ReadFile(sysctlPath(name)); err == nil && strings.TrimSpace(string(have)) == value {
 		return nil // also where /proc/sys is read-only
 	}
-	if err := os.WriteFile(path, []byte(value), 0); err != nil {
+	return setSysctl(name, value)
+}
+
+// setSysctl writes without a look, where the value is known to be another.
+func setSysctl(name, value string) error {
+	f, err := os.OpenFile(sysctlPath(name), os.O_WRONLY, 0)
+	if err == nil {
+		_, err = f.WriteString(value)
+		err = errors.Join(err, f.Close())
+	}
+	if err != nil {
 		return fmt.Errorf("set sysctl net.%s=%s: %w", strings.ReplaceAll(name, "/", "."), value, err)
 	}
 	return nil
 }
 
-func ensureBridge(h *netlink.Handle, name string, mtu int, gateway netip.Addr) (netlink.Link, error) {
+func sysctlPath(name string) string { return "/proc/sys/net/" + name }
+
+func ensureBridge(h *netlink.Handle, name string, mtu int, mac net.HardwareAddr) (netlink.Link, error) {
 	var missing netlink.LinkNotFoundError
 	link, err := h.LinkByName(name)
 	if errors.As(err, &missing) {
 		attrs := netlink.NewLinkAttrs()
 		attrs.Name, attrs.MTU = name, mtu
 		// Without an address of its own a bridge takes the lowest of its ports', and changes it as pods come and go.
-		attrs.HardwareAddr = hardwareAddr(gateway)
+		attrs.HardwareAddr = mac
 		if err := h.LinkAdd(&netlink.Bridge{LinkAttrs: attrs}); err != nil {
 			return nil, fmt.Errorf("make bridge %s: %w", name, err)
 		}
@@ -136,26 +170,22 @@ func ensureBridge(h *netlink.Handle, name string, mtu int, gateway netip.Addr) (
 		}
 		link.Attrs().MTU = mtu
 	}
-	if err := h.LinkSetUp(link); err != nil {
-		return nil, fmt.Errorf("set %s up: %w", name, err)
-	}
 	return link, nil
 }
 
 // routeForeign delivers what the firewall marks to the node itself, whatever its address: "ip rule add fwmark M
 // lookup M" and "ip route add local default dev lo table M". It is idempotent.
-func routeForeign(h *netlink.Handle) error {
+func routeForeign(h *netlink.Handle, f *family) error {
 	lo, err := h.LinkByName("lo")
 	if err != nil {
 		return fmt.Errorf("find lo of the node: %w", err)
 	}
-	everywhere := &net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}
-	if err := h.RouteReplace(&netlink.Route{LinkIndex: lo.Attrs().Index, Dst: everywhere, Table: foreignMark,
+	if err := h.RouteReplace(&netlink.Route{LinkIndex: lo.Attrs().Index, Dst: ipNet(f.all), Table: foreignMark,
 		Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST}); err != nil {
 		return fmt.Errorf("add route for foreign source addresses: %w", err)
 	}
 	rule := netlink.NewRule()
-	rule.Family, rule.Mark, rule.Table, rule.Priority = unix.AF_INET, foreignMark, foreignMark, 100
+	rule.Family, rule.Mark, rule.Table, rule.Priority = f.number, foreignMark, foreignMark, 100
 	if err := h.RuleAdd(rule); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("add routing rule for foreign source addresses: %w", err)
 	}
@@ -164,148 +194,36 @@ func routeForeign(h *netlink.Handle) error {
 
 // addGateway gives the bridge the pool's first address. It is idempotent.
 func (n *node) addGateway(p *pool) error {
-	addrs, err := n.route.AddrList(nil, unix.AF_INET)
+	family := familyOf(p.gateway)
+	addrs, err := consistent(func() ([]netlink.Addr, error) { return n.route.AddrList(nil, family.number) })
 	if err != nil {
 		return fmt.Errorf("list addresses of the node: %w", err)
 	}
 	for _, a := range addrs {
-		ip, _ := netip.AddrFromSlice(a.IP)
 		ones, _ := a.Mask.Size()
-		other := netip.PrefixFrom(ip.Unmap(), ones).Masked()
+		other := netip.PrefixFrom(addrOf(a.IP), ones).Masked()
 		if a.LinkIndex != n.bridge.Attrs().Index && other.Overlaps(p.prefix) {
 			return fmt.Errorf("pod CIDR %s overlaps %s, which the node has: %w", p.prefix, other, ErrInvalid)
 		}
 	}
-	gateway := &net.IPNet{IP: p.gateway.AsSlice(), Mask: net.CIDRMask(p.prefix.Bits(), p.gateway.BitLen())}
-	if err := n.route.AddrReplace(n.bridge, &netlink.Addr{IPNet: gateway}); err != nil {
-		return fmt.Errorf("give %s the address %s: %w", n.bridge.Attrs().Name, gateway, err)
+	gateway := &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(p.gateway, p.prefix.Bits()))}
+	if family == ipv6 {
+		gateway.Flags = unix.IFA_F_NODAD
+	}
+	if err := n.route.AddrReplace(n.bridge, gateway); err != nil {
+		return fmt.Errorf("give %s the address %s: %w", n.bridge.Attrs().Name, gateway.IPNet, err)
 	}
 	return nil
 }
 
-// plug links the pod's namespace to the bridge and configures its end.
-func (n *node) plug(r *record, pod *os.File, gateway netip.Addr) error {
-	attrs := netlink.NewLinkAttrs()
-	attrs.Name, attrs.MTU, attrs.MasterIndex = r.Link, n.bridge.Attrs().MTU, n.bridge.Attrs().Index
-	attrs.Flags = net.FlagUp
-	veth := netlink.NewVeth(attrs)
-	veth.PeerName, veth.PeerMTU, veth.PeerNamespace = podInterface, uint32(attrs.MTU), netlink.NsFd(int(pod.Fd()))
-	veth.PeerHardwareAddr = hardwareAddr(r.ip())
-	if err := n.route.LinkAdd(veth); err != nil {
-		if errors.Is(err, fs.ErrExist) {
-			return fmt.Errorf("make veth %s: the pod's namespace has an %s already: %w", r.Link, podInterface, err)
-		}
-		return fmt.Errorf("make veth %s: %w", r.Link, err)
+// has tells whether the address is the node's own, other than by its loopback device.
+func (n *node) has(ip netip.Addr) bool {
+	ip = ip.Unmap()
+	if ip.IsUnspecified() || ip.IsLoopback() {
+		return false
 	}
-	// Where br_netfilter is on, a Service's DNAT happens inside the bridge and may lead back to the same port.
-	if err := n.route.LinkSetHairpin(veth, true); err != nil {
-		return fmt.Errorf("set hairpin of %s: %w", r.Link, err)
-	}
-	return inNetNS(pod, func() error { return configurePod(r, gateway) })
-}
-
-// configurePod runs on a thread inside the pod's namespace.
-func configurePod(r *record, gateway netip.Addr) error {
-	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
-	if err != nil {
-		return fmt.Errorf("open netlink socket of the pod: %w", err)
-	}
-	defer h.Close()
-	lo, err := h.LinkByName("lo")
-	if err != nil {
-		return fmt.Errorf("find lo of the pod: %w", err)
-	}
-	if err := h.LinkSetUp(lo); err != nil {
-		return fmt.Errorf("set lo of the pod up: %w", err)
-	}
-	link, err := h.LinkByName(podInterface)
-	if err != nil {
-		return fmt.Errorf("find %s of the pod: %w", podInterface, err)
-	}
-	// Nobody else can have this veth's link-local address; without this, binding it fails for the second that
-	// duplicate address detection takes. A kernel without IPv6 has no such file.
-	if err := writeSysctl("ipv6/conf/"+podInterface+"/accept_dad", "0"); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.EROFS) {
-		return err
-	}
-	for _, a := range r.Addresses {
-		addr := &netlink.Addr{IPNet: host(a)}
-		if err := h.AddrAdd(link, addr); err != nil {
-			return fmt.Errorf("give %s the address %s: %w", podInterface, a, err)
-		}
-	}
-	if err := h.LinkSetUp(link); err != nil {
-		return fmt.Errorf("set %s up: %w", podInterface, err)
-	}
-	index := link.Attrs().Index
-	if err := h.RouteAdd(&netlink.Route{LinkIndex: index, Dst: host(gateway), Scope: netlink.SCOPE_LINK}); err != nil {
-		return fmt.Errorf("add route to the gateway %s: %w", gateway, err)
-	}
-	if err := h.RouteAdd(&netlink.Route{LinkIndex: index, Gw: gateway.AsSlice()}); err != nil {
-		return fmt.Errorf("add default route by %s: %w", gateway, err)
-	}
-	return nil
-}
-
-func host(a netip.Addr) *net.IPNet {
-	return &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}
-}
-
-// unplug sets the link down, after which no frame passes, the bridge has forgotten the pod's MAC, and nothing
-// answers at its address; and retires it. Deleting it takes 30 ms, this 0.2: the reaper does the former. It is
-// idempotent.
-func (n *node) unplug(name string) error {
-	var missing netlink.LinkNotFoundError
-	link, err := n.route.LinkByName(name)
-	if errors.As(err, &missing) {
-		return nil // went with the pod's namespace
-	}
-	if err != nil {
-		return fmt.Errorf("find link %s: %w", name, err)
-	}
-	for _, step := range []func() error{
-		func() error { return n.route.LinkSetDown(link) },
-		func() error { return n.route.LinkSetGroup(link, retiredGroup) },
-	} {
-		if err := step(); errors.Is(err, unix.ENODEV) {
-			return nil
-		} else if err != nil {
-			return fmt.Errorf("retire link %s: %w", name, err)
-		}
-	}
-	n.reaper.kick()
-	return nil
-}
-
-// remove deletes the link and waits for that, so that the pod's namespace is as it was.
-func (n *node) remove(name string) error {
-	var missing netlink.LinkNotFoundError
-	link, err := n.route.LinkByName(name)
-	if errors.As(err, &missing) {
-		return nil
-	}
-	if err == nil {
-		err = n.route.LinkDel(link)
-	}
-	if err != nil && !errors.Is(err, unix.ENODEV) {
-		return fmt.Errorf("delete link %s: %w", name, err)
-	}
-	return nil
-}
-
-// links lists the pods' links.
-func (n *node) links() ([]string, error) {
-	all, err := n.route.LinkList()
-	if err != nil {
-		return nil, fmt.Errorf("list links of the node: %w", err)
-	}
-	var names []string
-	for _, l := range all {
-		name := l.Attrs().Name
-		if l.Type() == "veth" && strings.HasPrefix(name, linkPrefix) && l.Attrs().Group != retiredGroup {
-			names = append(names, name)
-		}
-	}
-	return names, nil
+	addrs, err := consistent(func() ([]netlink.Addr, error) { return n.route.AddrList(nil, familyOf(ip).number) })
+	return err == nil && slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return addrOf(a.IP) == ip })
 }
 
 // ready tells whether packets can pass: the bridge is up, and the default route leads to a device with somebody
@@ -318,7 +236,7 @@ func (n *node) ready() error {
 	if bridge.Attrs().Flags&net.FlagUp == 0 {
 		return fmt.Errorf("bridge %s is down", n.bridge.Attrs().Name)
 	}
-	routes, err := n.route.RouteList(nil, unix.AF_INET)
+	routes, err := consistent(func() ([]netlink.Route, error) { return n.route.RouteList(nil, unix.AF_INET) })
 	if err != nil {
 		return fmt.Errorf("list routes of the node: %w", err)
 	}
@@ -330,8 +248,9 @@ func (n *node) ready() error {
 		if err != nil {
 			return fmt.Errorf("find the user-mode network's device: %w", err)
 		}
-		if uplink.Attrs().RawFlags&unix.IFF_RUNNING == 0 {
-			return fmt.Errorf("the user-mode network behind %s has ended", uplink.Attrs().Name)
+		if uplink.Attrs().RawFlags&unix.IFF_LOWER_UP == 0 {
+			return fmt.Errorf("the user-mode network behind %s has ended and is started again within %s; where it is not, start the node "+
+				"again (coracle down, then coracle up)", uplink.Attrs().Name, slirpMostPause)
 		}
 		return nil
 	}

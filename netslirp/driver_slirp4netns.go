@@ -1,9 +1,21 @@
 package netslirp
 
 import (
+	"context"
+	"errors"
 	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"runtime"
+	"strconv"
+	"syscall"
+	"time"
 
+	"github.com/rootless-containers/rootlesskit/v3/pkg/api"
+	"github.com/rootless-containers/rootlesskit/v3/pkg/messages"
 	"github.com/rootless-containers/rootlesskit/v3/pkg/network"
+	"github.com/rootless-containers/rootlesskit/v3/pkg/network/parentutils"
 	"github.com/rootless-containers/rootlesskit/v3/pkg/network/slirp4netns"
 )
 
@@ -35,17 +47,131 @@ func checkSlirp4netns(cfg DriverConfig) error {
 
 // slirp4netnsParent confines slirp4netns as far as it goes. --enable-seccomp denies it what it never needs
 // (execve, ptrace, mount…), and it keeps running as the ordinary user. --enable-sandbox cannot be had: it fails
-// with a namespace that is given by path, as the node's is (rootless-containers/slirp4netns#317), and
-// rootlesskit refuses it.
+// with a namespace that is given by path, as the node's is (rootless-containers/slirp4netns#317). --enable-ipv6 is
+// left out: docs/decisions.md says why.
 func slirp4netnsParent(cfg DriverConfig) (network.ParentDriver, error) {
 	features, err := slirp4netns.DetectFeatures(cfg.Binary)
 	if err != nil {
 		return nil, err
 	}
-	const sandbox, ipv6 = false, false
-	seccomp := features.SupportsEnableSeccomp && features.KernelSupportsEnableSeccomp
-	return slirp4netns.NewParentDriver(cfg.Log, cfg.Binary, cfg.MTU, nil, "tap0",
-		cfg.DisableHostLoopback, "", sandbox, seccomp, ipv6)
+	args := []string{"--mtu=" + strconv.Itoa(cfg.MTU), "--ready-fd=3"}
+	if cfg.DisableHostLoopback {
+		args = append(args, "--disable-host-loopback")
+	}
+	if features.SupportsEnableSeccomp && features.KernelSupportsEnableSeccomp {
+		args = append(args, "--enable-seccomp")
+	}
+	return &slirp{cfg: cfg, args: args}, nil
 }
 
 func slirp4netnsChild() network.ChildDriver { return slirp4netns.NewChildDriver() }
+
+// The layout of slirp4netns's network, which it does not tell (slirp4netns(1)).
+const (
+	slirpTap     = "tap0"
+	slirpIP      = "10.0.2.100"
+	slirpBits    = 24
+	slirpGateway = "10.0.2.2"
+	slirpDNS     = "10.0.2.3"
+)
+
+// slirp is the outer half of the driver: as rootlesskit's, but that it starts slirp4netns again when it ends. The
+// TAP device, its address and its routes are the node's and stay; connections through it are lost.
+type slirp struct {
+	cfg  DriverConfig
+	args []string
+}
+
+var _ network.ParentDriver = (*slirp)(nil)
+
+func (s *slirp) MTU() int { return s.cfg.MTU }
+
+func (s *slirp) Info(context.Context) (*api.NetworkDriverInfo, error) {
+	return &api.NetworkDriverInfo{Driver: slirp4netns.DriverName, DNS: []net.IP{net.ParseIP(slirpDNS)}, ChildIP: net.ParseIP(slirpIP)}, nil
+}
+
+// ConfigureNetwork returns when slirp4netns serves. cleanup ends it, and waits for that.
+func (s *slirp) ConfigureNetwork(childPID int, _, netNSPath string) (*messages.ParentInitNetworkDriverCompleted, func() error, error) {
+	if err := parentutils.PrepareTap(childPID, netNSPath, slirpTap); err != nil {
+		return nil, nil, fmt.Errorf("make %s: %w", slirpTap, err)
+	}
+	args := append(s.args, fmt.Sprintf("--userns-path=/proc/%d/ns/user", childPID), "--netns-type=path", netNSPath, slirpTap)
+	ctx, cancel := context.WithCancel(context.Background())
+	first, done := make(chan error, 1), make(chan struct{})
+	go func() {
+		defer close(done)
+		// The kernel counts a child's parent by thread: without this, slirp4netns would die with any thread that
+		// happened to start it (PR_SET_PDEATHSIG).
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		s.supervise(ctx, args, first)
+	}()
+	cleanup := func() error {
+		cancel()
+		<-done
+		return nil
+	}
+	if err := <-first; err != nil {
+		return nil, nil, errors.Join(err, cleanup())
+	}
+	return &messages.ParentInitNetworkDriverCompleted{Dev: slirpTap, IP: slirpIP, Netmask: slirpBits, Gateway: slirpGateway,
+		DNS: []string{slirpDNS}, MTU: s.cfg.MTU}, cleanup, nil
+}
+
+const (
+	slirpLeastPause = 100 * time.Millisecond
+	slirpMostPause  = 10 * time.Second
+)
+
+// supervise runs slirp4netns until ctx ends, and sends to first what became of the first start. One that ends soon is
+// started again after a pause that grows.
+func (s *slirp) supervise(ctx context.Context, args []string, first chan<- error) {
+	cmd, err := s.start(ctx, args)
+	first <- err
+	if err != nil {
+		return
+	}
+	pause := slirpLeastPause
+	for {
+		started := time.Now()
+		if err == nil {
+			err = cmd.Wait()
+		}
+		if ctx.Err() != nil {
+			return
+		}
+		if time.Since(started) > slirpMostPause {
+			pause = slirpLeastPause
+		}
+		fmt.Fprintf(s.cfg.Log, "the user-mode network has ended (%v): starting it again in %s; connections through it are lost\n", err, pause)
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(pause):
+		}
+		pause = min(2*pause, slirpMostPause)
+		cmd, err = s.start(ctx, args)
+	}
+}
+
+// start returns when slirp4netns serves, or has ended.
+func (s *slirp) start(ctx context.Context, args []string) (*exec.Cmd, error) {
+	ready, inherited, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	defer ready.Close()
+	cmd := exec.CommandContext(ctx, s.cfg.Binary, args...) // ends it by SIGKILL
+	cmd.Stdout, cmd.Stderr = s.cfg.Log, s.cfg.Log
+	cmd.ExtraFiles = []*os.File{inherited}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	err = cmd.Start()
+	inherited.Close()
+	if err != nil {
+		return nil, fmt.Errorf("start %s: %w", s.cfg.Binary, err)
+	}
+	if _, err := ready.Read(make([]byte, 1)); err != nil { // its end is that of slirp4netns
+		return nil, fmt.Errorf("start %s: it ended before it was ready: %w", s.cfg.Binary, errors.Join(cmd.Wait(), ctx.Err()))
+	}
+	return cmd, nil
+}

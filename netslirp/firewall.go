@@ -8,99 +8,110 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
-	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 )
 
-// firewallTable is ours alone: it is replaced as a whole, in one transaction, whenever a daemon starts.
+// firewallTable is ours alone, once for each version of IP: it is replaced as a whole, in one transaction, whenever
+// a daemon starts.
 const firewallTable = "coracle"
 
-// Registers of nf_tables: reg1 is 16 bytes long, and reg1b its second 4 bytes, where the second part of a
-// concatenation goes.
-const (
-	reg1  = unix.NFT_REG_1
-	reg1b = unix.NFT_REG32_01
-)
-
-// firewall is the node's address translation, in nftables terms:
+// firewall is the node's address translation, in nftables terms, here for IPv4:
 //
 //	table ip coracle {
-//	  map hostports { type inet_proto . inet_service : ipv4_addr . inet_service }
-//	  set hairpin { type ipv4_addr . ipv4_addr }
-//	  chain prerouting  { type nat hook prerouting priority dstnat;  fib daddr type local dnat to meta l4proto . th dport map @hostports }
-//	  chain output      { type nat hook output priority dstnat;      fib daddr type local dnat to … }
+//	  map hostports    { type inet_proto . inet_service : ipv4_addr . inet_service }
+//	  map hostports_at { type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service }
+//	  set hairpin      { type ipv4_addr . ipv4_addr }
+//	  chain prerouting  { type nat hook prerouting priority dstnat;  fib daddr type local dnat to ip daddr . meta l4proto . th dport map @hostports_at
+//	                                                                 fib daddr type local dnat to meta l4proto . th dport map @hostports }
+//	  chain output      { type nat hook output priority dstnat;      the same }
 //	  chain postrouting { type nat hook postrouting priority srcnat; ip saddr 10.88.0.0/16 oifname != "coracle0" masquerade
 //	                                                                 ip saddr 127.0.0.0/8 oifname "coracle0" masquerade
 //	                                                                 ip saddr . ip daddr @hairpin masquerade }
-//	  chain loopback    { type filter hook prerouting priority raw;  iifname "coracle0" ip daddr 127.0.0.0/8 drop }
 //	  chain foreignout  { type filter hook output priority mangle;     oifname "coracle0" meta l4proto tcp fib saddr type != local ct mark set 0x636f }
 //	  chain foreignin   { type filter hook prerouting priority mangle; iifname "coracle0" ct mark 0x636f meta mark set 0x636f }
+//	  chain loopback    { type filter hook prerouting priority raw;    iifname "coracle0" ip saddr 127.0.0.0/8 drop
+//	                                                                   iifname "coracle0" ip daddr 127.0.0.0/8 drop }
 //	}
 //
-// A host port is there on the node's own 127.0.0.1 as well, where kubelet's probes and host-network pods look for it.
-// The kernel lets such a packet leave, and its answer in, by a device with the sysctl route_localnet (routeLoopback
-// sets it for the bridge), which would also let pods in to what listens on the node's loopback: the chain loopback keeps
-// them out, before any translation. Packets from such an address the kernel refuses by itself (accept_local).
+// foreignout and foreignin are for connections that the port driver makes with the address of a client outside
+// (portChild): a pod's answers to it are marked, and a routing rule delivers what is marked to the node itself.
 //
-// The last two are for connections that the port driver makes with the address of a client outside (portChild):
-// a pod's answers to it are marked, and a routing rule delivers what is marked to the node itself.
+// A host port answers at the node's 127.0.0.1 too, where a program of the node looks for it. The kernel routes such
+// packets off the loopback device only under route_localnet (node.openLoopback), which would let pods reach
+// whatever listens there: the chain loopback keeps them out. IPv6 has no such way: its first two chains begin with
+// "ip6 daddr ::1 accept", so that a program is refused there and not left waiting. It has two other chains:
+//
+//	chain nowhere   { type filter hook prerouting priority filter; iifname "coracle0" meta l4proto tcp fib daddr . mark type unreachable reject with tcp reset }
+//	chain redirects { type filter hook output priority filter;     oifname "coracle0" icmpv6 type nd-redirect drop }
 //
 // A pod adds elements and never rules, so that its cost does not grow with the number of pods. hairpin holds a
 // pod's address twice: a pod that reaches itself by its host port would drop a packet from its own address.
 type firewall struct {
-	ns     *os.File
-	bridge string
+	ns       *os.File
+	bridge   string
+	families []*family
 }
 
-// forward is one host port of a pod, as the node's namespace sees it.
+// forward is one host port of a pod, as the node's namespace sees it. Both addresses are of one version.
 type forward struct {
-	protocol byte // IPPROTO_*
-	port     uint16
-	to       netip.AddrPort
+	protocol byte           // IPPROTO_*
+	host     netip.AddrPort // of the node; the unspecified address stands for all that it has
+	to       netip.AddrPort // the pod's
 }
 
-// tables names the objects of the table, for one transaction.
+// tables names the objects of one family's table, for one transaction.
 type tables struct {
-	table     *nftables.Table
-	hostPorts *nftables.Set
-	hairpin   *nftables.Set
+	*family
+	table       *nftables.Table
+	hostPorts   *nftables.Set
+	hostPortsAt *nftables.Set
+	hairpin     *nftables.Set
 }
 
-func newTables() tables {
-	table := &nftables.Table{Family: nftables.TableFamilyIPv4, Name: firewallTable}
+func newTables(f *family) tables {
+	table := &nftables.Table{Family: f.tableFamily(), Name: firewallTable}
+	target := nftables.MustConcatSetType(f.addr, nftables.TypeInetService)
 	return tables{
-		table: table,
+		family: f,
+		table:  table,
 		hostPorts: &nftables.Set{Table: table, Name: "hostports", IsMap: true, Concatenation: true,
-			KeyType:  nftables.MustConcatSetType(nftables.TypeInetProto, nftables.TypeInetService),
-			DataType: nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetService)},
+			KeyType: nftables.MustConcatSetType(nftables.TypeInetProto, nftables.TypeInetService), DataType: target},
+		hostPortsAt: &nftables.Set{Table: table, Name: "hostports_at", IsMap: true, Concatenation: true,
+			KeyType: nftables.MustConcatSetType(f.addr, nftables.TypeInetProto, nftables.TypeInetService), DataType: target},
 		hairpin: &nftables.Set{Table: table, Name: "hairpin", Concatenation: true,
-			KeyType: nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeIPAddr)},
+			KeyType: nftables.MustConcatSetType(f.addr, f.addr)},
 	}
 }
 
-// transaction sends what fill adds, all or nothing. The socket is made for it by a thread inside the namespace,
-// as one that met an error is out of step with its answers.
+func (t tables) sets() []*nftables.Set { return []*nftables.Set{t.hostPorts, t.hostPortsAt, t.hairpin} }
+
+// transaction sends what fill adds for each of the families, all or nothing. The socket is made for it by a thread
+// inside the namespace, as one that met an error is out of step with its answers.
 func (f *firewall) transaction(fill func(*nftables.Conn, tables) error) error {
 	return inNetNS(f.ns, func() error {
 		conn, err := nftables.New()
 		if err != nil {
 			return err
 		}
-		if err := fill(conn, newTables()); err != nil {
-			return err
+		for _, version := range f.families {
+			if err := fill(conn, newTables(version)); err != nil {
+				return err
+			}
 		}
 		return conn.Flush()
 	})
 }
 
-// replace makes the table hold exactly this.
+// replace makes the tables hold exactly this.
 func (f *firewall) replace(prefixes []netip.Prefix, forwards []forward) error {
 	err := f.transaction(func(c *nftables.Conn, t tables) error {
 		c.AddTable(t.table) // so that there is one to delete
 		c.DelTable(t.table)
 		c.AddTable(t.table)
-		if err := errors.Join(c.AddSet(t.hostPorts, nil), c.AddSet(t.hairpin, nil)); err != nil {
-			return err
+		for _, set := range t.sets() {
+			if err := c.AddSet(set, nil); err != nil {
+				return err
+			}
 		}
 		f.addChains(c, t, prefixes)
 		return addForwards(c, t, forwards)
@@ -110,63 +121,6 @@ func (f *firewall) replace(prefixes []netip.Prefix, forwards []forward) error {
 	}
 	return nil
 }
-
-func (f *firewall) addChains(c *nftables.Conn, t tables, prefixes []netip.Prefix) {
-	chain := func(name string, hook *nftables.ChainHook, priority *nftables.ChainPriority) *nftables.Chain {
-		return c.AddChain(&nftables.Chain{Table: t.table, Name: name, Type: nftables.ChainTypeNAT, Hooknum: hook, Priority: priority})
-	}
-	pre := chain("prerouting", nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest)
-	out := chain("output", nftables.ChainHookOutput, nftables.ChainPriorityNATDest)
-	post := chain(postrouting, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource)
-	c.AddRule(&nftables.Rule{Table: t.table, Chain: pre, Exprs: toHostPort(t)})
-	c.AddRule(&nftables.Rule{Table: t.table, Chain: out, Exprs: toHostPort(t)})
-	f.addMasquerade(c, t, post, prefixes)
-	f.addLoopback(c, t)
-	f.addForeign(c, t)
-}
-
-var loopback = netip.MustParsePrefix("127.0.0.0/8")
-
-// fromBridge and toBridge tell the device that a packet came in by, or leaves by.
-func (f *firewall) fromBridge() []expr.Any { return f.device(expr.MetaKeyIIFNAME, expr.CmpOpEq) }
-func (f *firewall) toBridge() []expr.Any   { return f.device(expr.MetaKeyOIFNAME, expr.CmpOpEq) }
-
-func (f *firewall) device(key expr.MetaKey, op expr.CmpOp) []expr.Any {
-	return []expr.Any{&expr.Meta{Key: key, Register: reg1}, &expr.Cmp{Op: op, Register: reg1, Data: interfaceName(f.bridge)}}
-}
-
-func (f *firewall) addLoopback(c *nftables.Conn, t tables) {
-	chain := c.AddChain(&nftables.Chain{Table: t.table, Name: "loopback", Type: nftables.ChainTypeFilter,
-		Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityRaw})
-	exprs := append(f.fromBridge(), addressIn(daddrOffset, loopback)...)
-	c.AddRule(&nftables.Rule{Table: t.table, Chain: chain, Exprs: append(exprs, &expr.Verdict{Kind: expr.VerdictDrop})})
-}
-
-// foreignMark is both the mark of connections with a foreign source address and the table that routes their
-// answers.
-const foreignMark = 0x636f
-
-func (f *firewall) addForeign(c *nftables.Conn, t tables) {
-	chain := func(name string, hook *nftables.ChainHook) *nftables.Chain {
-		return c.AddChain(&nftables.Chain{Table: t.table, Name: name, Type: nftables.ChainTypeFilter, Hooknum: hook, Priority: nftables.ChainPriorityMangle})
-	}
-	mark := binaryutil.NativeEndian.PutUint32(foreignMark)
-	c.AddRule(&nftables.Rule{Table: t.table, Chain: chain("foreignout", nftables.ChainHookOutput), Exprs: append(f.toBridge(),
-		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: []byte{unix.IPPROTO_TCP}},
-		&expr.Fib{Register: reg1, FlagSADDR: true, ResultADDRTYPE: true},
-		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg1, Data: binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL)},
-		&expr.Immediate{Register: reg1, Data: mark},
-		&expr.Ct{Key: expr.CtKeyMARK, Register: reg1, SourceRegister: true},
-	)})
-	c.AddRule(&nftables.Rule{Table: t.table, Chain: chain("foreignin", nftables.ChainHookPrerouting), Exprs: append(f.fromBridge(),
-		&expr.Ct{Key: expr.CtKeyMARK, Register: reg1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: mark},
-		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg1, SourceRegister: true}, // reg1 still holds the mark
-	)})
-}
-
-const postrouting = "postrouting"
 
 // masquerade replaces the prefixes whose packets leave by the node's address.
 func (f *firewall) masquerade(prefixes []netip.Prefix) error {
@@ -182,71 +136,43 @@ func (f *firewall) masquerade(prefixes []netip.Prefix) error {
 	return nil
 }
 
-func (f *firewall) addMasquerade(c *nftables.Conn, t tables, chain *nftables.Chain, prefixes []netip.Prefix) {
-	for _, p := range prefixes {
-		exprs := append(addressIn(saddrOffset, p), f.device(expr.MetaKeyOIFNAME, expr.CmpOpNeq)...)
-		c.AddRule(&nftables.Rule{Table: t.table, Chain: chain, Exprs: append(exprs, &expr.Masq{})})
-	}
-	fromLoopback := append(addressIn(saddrOffset, loopback), f.toBridge()...)
-	c.AddRule(&nftables.Rule{Table: t.table, Chain: chain, Exprs: append(fromLoopback, &expr.Masq{})})
-	c.AddRule(&nftables.Rule{Table: t.table, Chain: chain, Exprs: []expr.Any{
-		&expr.Payload{DestRegister: reg1, Base: expr.PayloadBaseNetworkHeader, Offset: saddrOffset, Len: 8}, // saddr and daddr
-		&expr.Lookup{SourceRegister: reg1, SetName: t.hairpin.Name, SetID: t.hairpin.ID},
-		&expr.Masq{},
-	}})
-}
+// elements are those of each set of t.sets(), by index.
+type elements [3][]nftables.SetElement
 
-// Offsets in the IPv4 header (RFC 791).
-const (
-	saddrOffset = 12
-	daddrOffset = 16
-)
-
-// addressIn compares an address of the packet, masked, with the prefix.
-func addressIn(offset uint32, p netip.Prefix) []expr.Any {
-	mask := ^uint32(0) << (32 - p.Bits())
-	if p.Bits() == 0 {
-		mask = 0
-	}
-	return []expr.Any{
-		&expr.Payload{DestRegister: reg1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 4},
-		&expr.Bitwise{SourceRegister: reg1, DestRegister: reg1, Len: 4, Mask: binaryutil.BigEndian.PutUint32(mask), Xor: make([]byte, 4)},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: p.Masked().Addr().AsSlice()},
-	}
-}
-
-// toHostPort sends a packet for one of the node's addresses to the pod that has the port.
-func toHostPort(t tables) []expr.Any {
-	return []expr.Any{
-		&expr.Fib{Register: reg1, FlagDADDR: true, ResultADDRTYPE: true},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL)},
-		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg1},
-		&expr.Payload{DestRegister: reg1b, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2}, // destination port of TCP and UDP
-		&expr.Lookup{SourceRegister: reg1, DestRegister: reg1, IsDestRegSet: true, SetName: t.hostPorts.Name, SetID: t.hostPorts.ID},
-		&expr.NAT{Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: reg1, RegProtoMin: reg1b},
-	}
-}
-
-func interfaceName(name string) []byte {
-	b := make([]byte, unix.IFNAMSIZ)
-	copy(b, name)
-	return b
-}
-
-// elements turns forwards into those of the map and of the set. Parts of a concatenation fill 4 bytes each.
-func elements(forwards []forward) (ports, hairpin []nftables.SetElement) {
+// elementsOf turns the forwards of the table's family into those of its sets.
+func (t tables) elementsOf(forwards []forward) elements {
+	var out elements
 	seen := map[netip.Addr]bool{}
 	for _, f := range forwards {
+		if familyOf(f.to.Addr()) != t.family {
+			continue
+		}
 		to := f.to.Addr().AsSlice()
-		key := append([]byte{f.protocol, 0, 0, 0}, binaryutil.BigEndian.PutUint16(f.port)...)
-		value := append(append([]byte{}, to...), binaryutil.BigEndian.PutUint16(f.to.Port())...)
-		ports = append(ports, nftables.SetElement{Key: append(key, 0, 0), Val: append(value, 0, 0)})
+		value := concat(to, binaryutil.BigEndian.PutUint16(f.to.Port()))
+		port := concat([]byte{f.protocol}, binaryutil.BigEndian.PutUint16(f.host.Port()))
+		if f.host.Addr().IsUnspecified() {
+			out[0] = append(out[0], nftables.SetElement{Key: port, Val: value})
+		} else {
+			out[1] = append(out[1], nftables.SetElement{Key: concat(f.host.Addr().AsSlice(), port), Val: value})
+		}
 		if !seen[f.to.Addr()] {
 			seen[f.to.Addr()] = true
-			hairpin = append(hairpin, nftables.SetElement{Key: append(append([]byte{}, to...), to...)})
+			out[2] = append(out[2], nftables.SetElement{Key: concat(to, to)})
 		}
 	}
-	return ports, hairpin
+	return out
+}
+
+// concat is a concatenation as nf_tables has it: each part fills whole words of 4 bytes.
+func concat(parts ...[]byte) []byte {
+	var out []byte
+	for _, part := range parts {
+		out = append(out, part...)
+		for len(out)%4 != 0 {
+			out = append(out, 0)
+		}
+	}
+	return out
 }
 
 // addForwards sends few elements a message: a netlink attribute ends at 64 KiB.
@@ -255,8 +181,21 @@ func addForwards(c *nftables.Conn, t tables, forwards []forward) error {
 	for len(forwards) > 0 {
 		some := forwards[:min(batch, len(forwards))]
 		forwards = forwards[len(some):]
-		ports, hairpin := elements(some)
-		if err := errors.Join(c.SetAddElements(t.hostPorts, ports), c.SetAddElements(t.hairpin, hairpin)); err != nil {
+		if err := t.each(some, c.SetAddElements); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// each hands the elements to change to do, a set at a time.
+func (t tables) each(forwards []forward, do func(*nftables.Set, []nftables.SetElement) error) error {
+	elements := t.elementsOf(forwards)
+	for i, set := range t.sets() {
+		if len(elements[i]) == 0 {
+			continue
+		}
+		if err := do(set, elements[i]); err != nil {
 			return err
 		}
 	}
@@ -280,12 +219,9 @@ func (f *firewall) remove(forwards []forward) error {
 	if len(forwards) == 0 {
 		return nil
 	}
-	ports, hairpin := elements(forwards)
-	err := f.transaction(func(c *nftables.Conn, t tables) error {
-		return errors.Join(c.SetDeleteElements(t.hostPorts, ports), c.SetDeleteElements(t.hairpin, hairpin))
-	})
+	err := f.transaction(func(c *nftables.Conn, t tables) error { return t.each(forwards, c.SetDeleteElements) })
 	if errors.Is(err, unix.ENOENT) { // some are gone, and none was removed: one by one
-		err = f.removeEach(ports, hairpin)
+		err = f.removeEach(forwards)
 	}
 	if err != nil {
 		return fmt.Errorf("remove host ports from nftables table %s: %w", firewallTable, err)
@@ -293,22 +229,20 @@ func (f *firewall) remove(forwards []forward) error {
 	return nil
 }
 
-func (f *firewall) removeEach(ports, hairpin []nftables.SetElement) error {
-	one := func(pick func(tables) *nftables.Set, e nftables.SetElement) error {
-		err := f.transaction(func(c *nftables.Conn, t tables) error {
-			return c.SetDeleteElements(pick(t), []nftables.SetElement{e})
-		})
-		if errors.Is(err, unix.ENOENT) {
-			return nil
-		}
-		return err
-	}
+func (f *firewall) removeEach(forwards []forward) error {
 	var errs []error
-	for _, e := range ports {
-		errs = append(errs, one(func(t tables) *nftables.Set { return t.hostPorts }, e))
-	}
-	for _, e := range hairpin {
-		errs = append(errs, one(func(t tables) *nftables.Set { return t.hairpin }, e))
+	for _, version := range f.families {
+		one := &firewall{ns: f.ns, bridge: f.bridge, families: []*family{version}}
+		for i, some := range newTables(version).elementsOf(forwards) {
+			for _, e := range some {
+				err := one.transaction(func(c *nftables.Conn, t tables) error {
+					return c.SetDeleteElements(t.sets()[i], []nftables.SetElement{e})
+				})
+				if !errors.Is(err, unix.ENOENT) {
+					errs = append(errs, err)
+				}
+			}
+		}
 	}
 	return errors.Join(errs...)
 }

@@ -29,42 +29,48 @@ type pool struct {
 	ledger  *ledger
 }
 
+func newPools(prefixes []netip.Prefix, l *ledger) ([]*pool, error) {
+	var out []*pool
+	for _, prefix := range prefixes {
+		p, err := newPool(prefix, l)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, p)
+	}
+	return out, nil
+}
+
 func newPool(prefix netip.Prefix, l *ledger) (*pool, error) {
-	subnet := net.IPNet{IP: prefix.Addr().AsSlice(), Mask: net.CIDRMask(prefix.Bits(), prefix.Addr().BitLen())}
-	set := allocator.RangeSet{{Subnet: types.IPNet(subnet)}}
+	set := allocator.RangeSet{{Subnet: types.IPNet(*ipNet(prefix))}}
 	if err := set.Canonicalize(); err != nil {
 		return nil, fmt.Errorf("pod CIDR %s: %w: %w", prefix, ErrInvalid, err)
 	}
-	gateway, _ := netip.AddrFromSlice(set[0].Gateway)
-	return &pool{prefix: prefix, gateway: gateway.Unmap(), alloc: allocator.NewIPAllocator(&set, l, 0), ledger: l}, nil
+	id := 0 // under which the store remembers the last address given
+	if familyOf(prefix.Addr()) == ipv6 {
+		id = 1
+	}
+	return &pool{prefix: prefix, gateway: gatewayOf(prefix), alloc: allocator.NewIPAllocator(&set, l, id), ledger: l}, nil
 }
 
-// parsePodCIDR accepts one IPv4 network.
-func parsePodCIDR(cidr string) (netip.Prefix, error) {
-	prefix, err := netip.ParsePrefix(cidr)
-	if err != nil {
-		return netip.Prefix{}, fmt.Errorf("pod CIDR %q: %w: %w", cidr, ErrInvalid, err)
-	}
-	if !prefix.Addr().Is4() {
-		return netip.Prefix{}, fmt.Errorf("pod CIDR %s: IPv6 pod addresses: %w", cidr, ErrUnsupported)
-	}
-	if prefix != prefix.Masked() {
-		return netip.Prefix{}, fmt.Errorf("pod CIDR %s has host bits set, its network is %s: %w", cidr, prefix.Masked(), ErrInvalid)
-	}
-	return prefix, nil
-}
+// gatewayOf is the network's first address, which the allocator leaves out.
+func gatewayOf(p netip.Prefix) netip.Addr { return p.Masked().Addr().Next() }
 
 // take reserves an address for the pod on disk.
-func (p *pool) take(podID string) (netip.Addr, error) {
+func (p *pool) take(podID string) (netip.Prefix, error) {
 	got, err := p.alloc.Get(podID, podInterface, nil)
 	if err != nil {
 		if strings.HasPrefix(err.Error(), "no IP addresses available") { // host-local has no type for it
-			return netip.Addr{}, fmt.Errorf("take an address of %s, all %d are in use: %w", p.prefix, p.ledger.count(), ErrNoAddress)
+			return netip.Prefix{}, fmt.Errorf("take an address of %s, all %d are in use: %w", p.prefix, p.ledger.count(p.prefix), ErrNoAddress)
 		}
-		return netip.Addr{}, fmt.Errorf("take an address of %s: %w", p.prefix, err)
+		return netip.Prefix{}, fmt.Errorf("take an address of %s: %w", p.prefix, err)
 	}
-	addr, _ := netip.AddrFromSlice(got.Address.IP)
-	return addr.Unmap(), nil
+	return netip.PrefixFrom(addrOf(got.Address.IP), p.prefix.Bits()), nil
+}
+
+func addrOf(ip net.IP) netip.Addr {
+	addr, _ := netip.AddrFromSlice(ip)
+	return addr.Unmap()
 }
 
 // ledger is host-local's disk store with what it lacks for use in one long-lived process. Its file lock does not
@@ -151,13 +157,22 @@ func (l *ledger) LastReservedIP(rangeID string) (net.IP, error) {
 // ReleaseByID is called by the allocator, or by release, between Lock and Unlock.
 func (l *ledger) ReleaseByID(id, _ string) error {
 	for _, ip := range slices.Clone(l.held[id]) {
-		path := disk.GetEscapedPath(l.dir, ip.String())
-		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("release address: %w", err)
+		if err := l.dropLocked(id, ip); err != nil {
+			return err
 		}
-		l.held[id] = slices.DeleteFunc(l.held[id], ip.Equal)
 	}
-	delete(l.held, id)
+	return nil
+}
+
+func (l *ledger) dropLocked(id string, ip net.IP) error {
+	path := disk.GetEscapedPath(l.dir, ip.String())
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("release address: %w", err)
+	}
+	l.held[id] = slices.DeleteFunc(l.held[id], ip.Equal)
+	if len(l.held[id]) == 0 {
+		delete(l.held, id)
+	}
 	return nil
 }
 
@@ -173,13 +188,23 @@ func (l *ledger) release(podID string) (err error) {
 	return l.ReleaseByID(podID, podInterface)
 }
 
+// drop gives back one address of the pod.
+func (l *ledger) drop(podID string, addr netip.Addr) (err error) {
+	if err := l.Lock(); err != nil {
+		return errors.Join(fmt.Errorf("lock address store: %w", err), l.Unlock())
+	}
+	defer func() { err = errors.Join(err, l.Unlock()) }()
+	return l.dropLocked(podID, net.IP(addr.AsSlice()))
+}
+
 // ensure reserves what a record says its pod has, where the store lost it: an address must never be given twice.
 func (l *ledger) ensure(r *record) (err error) {
 	if err := l.Lock(); err != nil {
 		return errors.Join(fmt.Errorf("lock address store: %w", err), l.Unlock())
 	}
 	defer func() { err = errors.Join(err, l.Unlock()) }()
-	for _, addr := range r.Addresses {
+	for _, a := range r.Addresses {
+		addr := a.Addr()
 		ip := net.IP(addr.AsSlice())
 		if slices.ContainsFunc(l.held[r.PodID], ip.Equal) {
 			continue
@@ -206,12 +231,28 @@ func (l *ledger) owners() []string {
 	return ids
 }
 
-func (l *ledger) count() int {
+// addresses lists what the pod holds, IPv4 first.
+func (l *ledger) addresses(podID string) []netip.Addr {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var out []netip.Addr
+	for _, ip := range l.held[podID] {
+		out = append(out, addrOf(ip))
+	}
+	slices.SortFunc(out, netip.Addr.Compare)
+	return out
+}
+
+func (l *ledger) count(prefix netip.Prefix) int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	n := 0
 	for _, ips := range l.held {
-		n += len(ips)
+		for _, ip := range ips {
+			if prefix.Contains(addrOf(ip)) {
+				n++
+			}
+		}
 	}
 	return n
 }

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -96,6 +97,9 @@ func (l *lab) startPortDriver(dir string) {
 		t.Fatalf("port driver: %v", err)
 	case err := <-childDone:
 		t.Fatalf("port driver's child: %v", err)
+	case <-time.After(time.Minute):
+		stacks := make([]byte, 1<<20)
+		t.Fatalf("the port driver does not start:\n%s", stacks[:runtime.Stack(stacks, true)])
 	}
 	listener, err := net.Listen("unix", l.cfg.APISocket)
 	must(t, err)
@@ -128,14 +132,14 @@ func (l *lab) open() *Network {
 }
 
 // pod is a namespace with an attachment.
-type pod struct{ id, ns, ip string }
+type pod struct{ id, ns, ip, ip6 string }
 
 func (l *lab) attach(n *Network, id string, ports ...PortMapping) pod {
 	l.t.Helper()
 	p := pod{id: id, ns: newNetNS(l.t)}
 	got, err := n.Attach(context.Background(), AttachRequest{PodID: id, NetNS: p.ns, Ports: ports})
 	must(l.t, err)
-	p.ip = got.IP
+	p.ip, p.ip6 = got.IP, strings.Join(got.AdditionalIPs, " ")
 	return p
 }
 
@@ -166,7 +170,11 @@ func (l *lab) checkEmpty(n *Network) {
 		if err != nil {
 			return err
 		}
-		for _, set := range []*nftables.Set{newTables().hostPorts, newTables().hairpin} {
+		var sets []*nftables.Set
+		for _, f := range n.node.families() {
+			sets = append(sets, newTables(f).sets()...)
+		}
+		for _, set := range sets {
 			found, err := conn.GetSetByName(set.Table, set.Name)
 			if err != nil {
 				return err
@@ -237,6 +245,9 @@ func address(link, cidr string) error {
 	a, err := netlink.ParseAddr(cidr)
 	if err != nil {
 		return err
+	}
+	if a.IP.To4() == nil {
+		a.Flags = unix.IFA_F_NODAD
 	}
 	return errors.Join(netlink.AddrAdd(l, a), netlink.LinkSetUp(l))
 }

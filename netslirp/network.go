@@ -2,16 +2,15 @@ package netslirp
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 )
@@ -21,7 +20,7 @@ type Config struct {
 	NetNS          string // path of the node's network namespace
 	APISocket      string // rootlesskit's API socket
 	Dir            string // state, of this package alone; made if missing
-	PodCIDR        string // "" is DefaultPodCIDR
+	PodCIDR        string // one network, or one of each version of IP with a comma between them; "" is DefaultPodCIDR
 	MTU            int    // 0 is DefaultMTU
 	Bridge         string // "" is DefaultBridge
 	DNS            string // the user-mode network's DNS address as pods reach it; "" = it has none
@@ -29,11 +28,8 @@ type Config struct {
 	Log            *slog.Logger
 }
 
-// Defaults of Config.
-const (
-	DefaultPodCIDR = "10.88.0.0/16"
-	DefaultBridge  = "coracle0"
-)
+// DefaultBridge is the name of the node's bridge.
+const DefaultBridge = "coracle0"
 
 func (c Config) withDefaults() Config {
 	if c.PodCIDR == "" {
@@ -67,18 +63,9 @@ type Network struct {
 	mu     sync.Mutex         // guards the rest; see doc.go
 	pods   map[string]*record // what every pod has, or is about to get
 	busy   map[string]bool    // pods with an operation under way
-	pools  []*pool            // the last one serves new pods; those before, pods that have an address of theirs
+	pools  pools
 	closed bool
 }
-
-// cidrState is the file that carries a pod CIDR which the kubelet set over a restart of the daemon.
-type cidrState struct {
-	Version    int    `json:"version"`
-	Configured string `json:"configured"` // as the configuration said when Current was set
-	Current    string `json:"current"`
-}
-
-func (c Config) cidrFile() string { return filepath.Join(c.Dir, "podcidr.json") }
 
 // Open sets the node's side up, or finds it as an earlier daemon left it, and reads the records. Pods that an
 // earlier daemon attached stay attached.
@@ -96,72 +83,56 @@ func Open(cfg Config) (_ *Network, err error) {
 	if n.ledger, err = openLedger(cfg.Dir); err != nil {
 		return nil, err
 	}
-	if n.pods, err = n.records.load(); err != nil {
+	var lost []string
+	if n.pods, lost, err = n.records.load(cfg.Log); err != nil {
+		return nil, err
+	}
+	if n.node, err = openNode(cfg.NetNS, cfg.MTU); err != nil {
 		return nil, err
 	}
 	if err := n.openPools(); err != nil {
 		return nil, err
 	}
-	current := n.pools[len(n.pools)-1]
-	if n.node, err = openNode(cfg.NetNS, cfg.Bridge, cfg.MTU, current.gateway); err != nil {
+	if err := n.node.layBridge(cfg.Bridge, cfg.MTU, hardwareAddr(n.pools.current[0].gateway)); err != nil {
 		return nil, err
 	}
-	for _, p := range n.pools {
+	if err := n.rebuild(lost); err != nil {
+		return nil, err
+	}
+	for _, p := range n.pools.all() {
 		if err := n.node.addGateway(p); err != nil {
 			return nil, err
 		}
 	}
-	n.firewall = &firewall{ns: n.node.ns, bridge: cfg.Bridge}
-	if err := n.firewall.replace(n.prefixes(), n.allForwards()); err != nil {
+	if err := n.openFirewall(); err != nil {
 		return nil, err
 	}
-	if err := n.node.routeLoopback(); err != nil {
+	if err := n.node.openLoopback(); err != nil { // not before the firewall keeps pods out of it
 		return nil, err
 	}
+	n.warnHidden()
 	return n, nil
 }
 
-// openPools finds the pod CIDR in force and those of older pods, and reserves what the records say.
-func (n *Network) openPools() error {
-	cidr := n.cfg.PodCIDR
-	var saved cidrState
-	switch err := readJSON(n.cfg.cidrFile(), &saved); {
-	case err == nil && saved.Version == recordVersion && saved.Configured == n.cfg.PodCIDR:
-		cidr = saved.Current
-	case err != nil && !errors.Is(err, fs.ErrNotExist):
+// openFirewall does without IPv6 where the kernel has no nftables for it, unless the pod CIDR was asked to have it. To
+// look first would cost a start the 10 ms that the kernel takes to delete what it was tried with.
+func (n *Network) openFirewall() error {
+	n.firewall = &firewall{ns: n.node.ns, bridge: n.cfg.Bridge, families: n.node.families()}
+	err := n.firewall.replace(n.pools.prefixes(), n.allForwards())
+	if err == nil || n.node.noIPv6 != nil {
 		return err
 	}
-	current, err := parsePodCIDR(cidr)
-	if err != nil {
-		return err
+	n.node.noIPv6 = fmt.Errorf("this kernel has IPv6, and lacks a part of nftables for it: %w", err)
+	prefixes, cerr := n.usablePodCIDR(n.savedPodCIDR())
+	if cerr != nil {
+		return cerr
 	}
-	prefixes := []netip.Prefix{}
-	for _, r := range n.pods {
-		if err := n.ledger.ensure(r); err != nil {
-			return err
-		}
-		if r.Prefix != current && !slices.Contains(prefixes, r.Prefix) {
-			prefixes = append(prefixes, r.Prefix)
-		}
-	}
-	for _, prefix := range append(prefixes, current) {
-		p, err := newPool(prefix, n.ledger)
-		if err != nil {
-			return err
-		}
-		n.pools = append(n.pools, p)
+	n.pools.current = slices.DeleteFunc(n.pools.current, func(p *pool) bool { return !slices.Contains(prefixes, p.prefix) })
+	n.firewall.families = n.node.families()
+	if n.firewall.replace(n.pools.prefixes(), n.allForwards()) != nil {
+		return err // IPv6 is not what is wrong
 	}
 	return nil
-}
-
-func (n *Network) prefixes() []netip.Prefix {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	var out []netip.Prefix
-	for _, p := range n.pools {
-		out = append(out, p.prefix)
-	}
-	return out
 }
 
 func (n *Network) allForwards() []forward {
@@ -169,58 +140,9 @@ func (n *Network) allForwards() []forward {
 	defer n.mu.Unlock()
 	var out []forward
 	for _, r := range n.pods {
-		out = append(out, forwards(r.ip(), r.Ports)...)
+		out = append(out, forwards(r)...)
 	}
 	return out
-}
-
-// SetPodCIDR makes new pods take their addresses from cidr, also after a restart. Pods that have an address keep
-// it, and their gateway. An empty cidr changes nothing (CRI NetworkConfig).
-func (n *Network) SetPodCIDR(cidr string) error {
-	if cidr == "" {
-		return nil
-	}
-	prefix, err := parsePodCIDR(cidr)
-	if err != nil {
-		return err
-	}
-	n.cidrMu.Lock()
-	defer n.cidrMu.Unlock()
-	n.mu.Lock()
-	pools, closed := slices.Clone(n.pools), n.closed
-	n.mu.Unlock()
-	if closed {
-		return fmt.Errorf("set pod CIDR: %w", ErrClosed)
-	}
-	if pools[len(pools)-1].prefix == prefix {
-		return nil
-	}
-	p, err := newPool(prefix, n.ledger)
-	if err != nil {
-		return err
-	}
-	if err := n.node.addGateway(p); err != nil {
-		return err
-	}
-	pools = append(slices.DeleteFunc(pools, func(old *pool) bool { return old.prefix == prefix }), p)
-	prefixes := make([]netip.Prefix, len(pools))
-	for i, p := range pools {
-		prefixes[i] = p.prefix
-	}
-	if err := n.firewall.masquerade(prefixes); err != nil {
-		return err
-	}
-	raw, err := json.Marshal(cidrState{Version: recordVersion, Configured: n.cfg.PodCIDR, Current: prefix.String()})
-	if err != nil {
-		return fmt.Errorf("encode pod CIDR: %w", err)
-	}
-	if err := writeFile(n.cfg.cidrFile(), raw); err != nil {
-		return err
-	}
-	n.mu.Lock()
-	n.pools = pools
-	n.mu.Unlock()
-	return nil
 }
 
 // Ready tells why pods could not be networked now, or nil. It asks the kernel and the port driver.
@@ -240,13 +162,28 @@ func (n *Network) Ready() error {
 func (n *Network) Info() map[string]string {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	current, published := n.pools[len(n.pools)-1], 0
+	published := 0
 	for _, r := range n.pods {
 		published += len(r.Ports)
 	}
+	var cidrs []netip.Prefix
+	var gateways, tables []string
+	six := "pods have no IPv6 addresses: network.podCIDR names no IPv6 network"
+	for _, p := range n.pools.current {
+		cidrs, gateways = append(cidrs, p.prefix), append(gateways, p.gateway.String())
+		if familyOf(p.prefix.Addr()) == ipv6 {
+			six = "pods reach each other and the node by IPv6; the user-mode network carries IPv4 only"
+		}
+	}
+	if n.node.noIPv6 != nil {
+		six = "pods have no IPv6 addresses: " + n.node.noIPv6.Error()
+	}
+	for _, f := range n.node.families() {
+		tables = append(tables, f.name+" "+firewallTable)
+	}
 	return map[string]string{
-		"netns": n.cfg.NetNS, "bridge": n.cfg.Bridge, "mtu": strconv.Itoa(n.cfg.MTU), "dns": n.cfg.DNS,
-		"podCIDR": current.prefix.String(), "gateway": current.gateway.String(), "addressTranslation": "nftables table ip " + firewallTable,
+		"netns": n.cfg.NetNS, "bridge": n.cfg.Bridge, "mtu": strconv.Itoa(n.cfg.MTU), "dns": n.cfg.DNS, "ipv6": six,
+		"podCIDR": formatPodCIDR(cidrs), "gateway": strings.Join(gateways, ","), "addressTranslation": "nftables tables " + strings.Join(tables, ", "),
 		"pods": strconv.Itoa(len(n.pods)), "hostPorts": strconv.Itoa(published),
 	}
 }

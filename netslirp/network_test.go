@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -22,25 +23,43 @@ func TestPodsReachEachOtherTheNodeAndTheWorld(t *testing.T) {
 	l := newLab(t)
 	n := l.open()
 	a, b := l.attach(n, "a"), l.attach(n, "b")
-	if a.ip != "10.88.0.2" || b.ip != "10.88.0.3" {
-		t.Fatalf("addresses %s and %s, want the first two after the gateway", a.ip, b.ip)
+	if a.ip != "10.88.0.2" || b.ip != "10.88.0.3" || a.ip6 != sixOf("2") || b.ip6 != sixOf("3") {
+		t.Fatalf("addresses %s %s and %s %s, want the first two after the gateway", a.ip, a.ip6, b.ip, b.ip6)
 	}
-	serveTCP(t, b.ns, ":80", "b")
-	serveUDP(t, b.ns, ":53", "b")
 	serveTCP(t, l.world, ":80", "world")
-	serveTCP(t, l.node, ":8080", "node")
 	serveTCP(t, a.ns, "127.0.0.1:81", "lo")
-
-	wantAnswer(t, a.ns, "tcp", join(b.ip, 80), "b "+a.ip)
-	wantAnswer(t, a.ns, "udp", join(b.ip, 53), "b "+a.ip)
-	wantAnswer(t, a.ns, "tcp", "10.88.0.1:8080", "node "+a.ip)
-	wantAnswer(t, a.ns, "tcp", join(uplinkIP, 8080), "node "+a.ip)
+	for name, ns := range map[string]string{"b": b.ns, "node": l.node} {
+		serveTCP(t, ns, ":80", name)
+		serveUDP(t, ns, ":53", name)
+	}
+	for network, port := range map[string]int{"tcp": 80, "udp": 53} {
+		wantAnswer(t, a.ns, network, join(b.ip, port), "b "+a.ip)
+		wantAnswer(t, a.ns, network, join(b.ip6, port), "b "+a.ip6)
+		wantAnswer(t, a.ns, network, join("10.88.0.1", port), "node "+a.ip)
+		wantAnswer(t, a.ns, network, join(sixOf("1"), port), "node "+a.ip6)
+		// As a kubelet does, whose probes come from the node's network namespace.
+		wantAnswer(t, l.node, network, join(b.ip, port), "b 10.88.0.1")
+		wantAnswer(t, l.node, network, join(b.ip6, port), "b "+sixOf("1"))
+	}
+	wantAnswer(t, a.ns, "tcp", join(uplinkIP, 80), "node "+a.ip)
 	wantAnswer(t, a.ns, "tcp", "127.0.0.1:81", "lo 127.0.0.1")
-	wantAnswer(t, l.node, "tcp", join(b.ip, 80), "b 10.88.0.1")
 	// The world has no route to pods: it answers because it sees the node's address.
 	wantAnswer(t, a.ns, "tcp", join(worldIP, 80), "world "+uplinkIP)
 	must(t, n.Ready())
+	// Nobody has told the pods of a shorter way to each other.
+	within(t, a.ns, func() error {
+		counters, err := os.ReadFile("/proc/thread-self/net/snmp6")
+		for line := range strings.Lines(string(counters)) {
+			if f := strings.Fields(line); len(f) == 2 && f[0] == "Icmp6InRedirects" && f[1] != "0" {
+				t.Errorf("the pod was sent %s redirects", f[1])
+			}
+		}
+		return err
+	})
 }
+
+// sixOf is an address of the default IPv6 network of pods.
+func sixOf(last string) string { return "fd63:6f72:6163:6c65::" + last }
 
 func TestPodInterface(t *testing.T) {
 	l := newLab(t)
@@ -56,30 +75,28 @@ func TestPodInterface(t *testing.T) {
 		if err != nil || len(addrs) != 1 || addrs[0].IPNet.String() != "10.88.0.2/32" {
 			t.Errorf("eth0 has %v, %v", addrs, err)
 		}
+		if addrs, err = netlink.AddrList(link, unix.AF_INET6); err != nil || len(addrs) == 0 || addrs[0].IPNet.String() != sixOf("2")+"/128" {
+			t.Errorf("eth0 has %v, %v", addrs, err)
+		}
+		for _, a := range addrs { // without the second of duplicate address detection
+			if a.Scope == unix.RT_SCOPE_UNIVERSE && a.Flags&unix.IFA_F_TENTATIVE != 0 {
+				t.Errorf("%v is tentative", a)
+			}
+		}
+		for name, want := range map[string]string{"accept_dad": "0", "accept_ra": "0"} {
+			if got, err := os.ReadFile("/proc/sys/net/ipv6/conf/eth0/" + name); err != nil || strings.TrimSpace(string(got)) != want {
+				t.Errorf("%s is %q, %v", name, got, err)
+			}
+		}
 		return nil
 	})
-	eventually(t, "link-local address without the second of duplicate address detection", func() error {
-		return l.inPod(p, func() error {
-			link, err := netlink.LinkByName("eth0")
-			if err != nil {
-				return err
-			}
-			addrs, err := netlink.AddrList(link, unix.AF_INET6)
-			if err != nil || len(addrs) != 1 || addrs[0].Flags&unix.IFA_F_TENTATIVE != 0 {
-				return fmt.Errorf("addresses %v, %w", addrs, err)
-			}
-			return nil
-		})
+	within(t, l.node, func() error { // for people: which pod is this
+		link, err := netlink.LinkByAlias("a")
+		if err != nil || !strings.HasPrefix(link.Attrs().Name, linkPrefix) {
+			t.Errorf("link of pod a: %v, %v", link, err)
+		}
+		return nil
 	})
-}
-
-func (l *lab) inPod(p pod, fn func() error) error {
-	ns, err := openNetNS(p.ns)
-	if err != nil {
-		return err
-	}
-	defer ns.Close()
-	return inNetNS(ns, fn)
 }
 
 func TestAttachRefusesWhatCannotBe(t *testing.T) {
@@ -200,9 +217,9 @@ func TestRestartKeepsPodsAndReconcileGivesBackTheRest(t *testing.T) {
 	// link without record, a port that leads nowhere.
 	ledger, err := openLedger(l.cfg.Dir)
 	must(t, err)
-	prefix, err := parsePodCIDR(DefaultPodCIDR)
+	prefixes, err := parsePodCIDR(DefaultPodCIDR)
 	must(t, err)
-	pool, err := newPool(prefix, ledger)
+	pool, err := newPool(prefixes[0], ledger)
 	must(t, err)
 	_, err = pool.take("crashed")
 	must(t, err)
@@ -259,34 +276,6 @@ func TestAnAddressIsNeverGivenTwice(t *testing.T) {
 	}
 }
 
-func TestSetPodCIDR(t *testing.T) {
-	l := newLab(t)
-	n := l.open()
-	old := l.attach(n, "old")
-	must(t, n.SetPodCIDR(""))
-	must(t, n.SetPodCIDR("10.88.0.0/16"))
-	wantIs(t, n.SetPodCIDR("10.0.0.0/8"), ErrInvalid, "overlaps 10.0.2.0/24, which the node has")
-	wantIs(t, n.SetPodCIDR("10.1.2.3/24"), ErrInvalid, "its network is 10.1.2.0/24")
-	wantIs(t, n.SetPodCIDR("10.1.2.0/31"), ErrInvalid, "too small")
-	wantIs(t, n.SetPodCIDR("fd00::/64"), ErrUnsupported, "IPv6")
-	wantIs(t, n.SetPodCIDR("pods"), ErrInvalid, "pods")
-	must(t, n.SetPodCIDR("10.200.1.0/24"))
-	must(t, n.Close())
-	n = l.open() // the kubelet's choice lasts
-	fresh := l.attach(n, "fresh")
-	if fresh.ip != "10.200.1.2" || n.Info()["podCIDR"] != "10.200.1.0/24" {
-		t.Errorf("got %s of %s", fresh.ip, n.Info()["podCIDR"])
-	}
-	serveTCP(t, l.world, ":80", "world")
-	serveTCP(t, old.ns, ":80", "old")
-	wantAnswer(t, old.ns, "tcp", join(worldIP, 80), "world "+uplinkIP)
-	wantAnswer(t, fresh.ns, "tcp", join(worldIP, 80), "world "+uplinkIP)
-	wantAnswer(t, fresh.ns, "tcp", join(old.ip, 80), "old "+fresh.ip)
-	must(t, n.Detach(context.Background(), "old", old.ns))
-	must(t, n.Detach(context.Background(), "fresh", fresh.ns))
-	l.checkEmpty(n)
-}
-
 func TestDialPodAndListenNode(t *testing.T) {
 	l := newLab(t)
 	n := l.open()
@@ -312,7 +301,8 @@ func TestDialPodAndListenNode(t *testing.T) {
 	short, cancel := context.WithTimeout(ctx, 50*time.Millisecond)
 	defer cancel()
 	_, err = n.DialPod(short, p.ns, "10.88.200.200:80") // nobody answers
-	if err == nil || short.Err() == nil {
+	var late net.Error
+	if !errors.As(err, &late) || !late.Timeout() {
 		t.Errorf("dial of nobody: %v", err)
 	}
 
@@ -357,7 +347,7 @@ func TestReadyTellsWhatIsMissing(t *testing.T) {
 		link, err := netlink.LinkByName("up0")
 		return errors.Join(err, netlink.LinkSetDown(link)) // as a TAP whose program ended: no carrier
 	})
-	if err := n.Ready(); err == nil || err.Error() != "the user-mode network behind up0 has ended" {
+	if err := n.Ready(); err == nil || !strings.HasPrefix(err.Error(), "the user-mode network behind up0 has ended") {
 		t.Errorf("without carrier: %v", err)
 	}
 	within(t, l.node, func() error { return netlink.RouteDel(&netlink.Route{Gw: net.ParseIP(worldIP)}) })
@@ -412,39 +402,4 @@ func descriptors(t testing.TB) int {
 	entries, err := os.ReadDir("/proc/self/fd")
 	must(t, err)
 	return len(entries)
-}
-
-// BenchmarkAttachDetach reports the medians of both halves, with 20 other pods attached: with nothing else going on,
-// and right after another pod's Detach, while the kernel still deletes its veth under the lock of the links.
-func BenchmarkAttachDetach(b *testing.B) {
-	l := newLab(b)
-	n := l.open()
-	for i := range 20 {
-		l.attach(n, fmt.Sprint("neighbour", i))
-	}
-	for name, pause := range map[string]time.Duration{"quiet": 60 * time.Millisecond, "churn": 0} {
-		b.Run(name, func(b *testing.B) {
-			var attach, detach []time.Duration
-			for b.Loop() {
-				b.StopTimer()
-				ns := newNetNS(b)
-				time.Sleep(pause)
-				b.StartTimer()
-				start := time.Now()
-				_, err := n.Attach(context.Background(), AttachRequest{PodID: "bench", NetNS: ns})
-				attached := time.Now()
-				must(b, err)
-				must(b, n.Detach(context.Background(), "bench", ns))
-				attach, detach = append(attach, attached.Sub(start)), append(detach, time.Since(attached))
-				b.StopTimer()
-				must(b, unix.Unmount(ns, unix.MNT_DETACH))
-				b.StartTimer()
-			}
-			for name, d := range map[string][]time.Duration{"attach": attach, "detach": detach} {
-				slices.Sort(d)
-				b.ReportMetric(float64(d[len(d)/2].Microseconds()), name+"-p50-µs")
-				b.ReportMetric(float64(d[len(d)*95/100].Microseconds()), name+"-p95-µs")
-			}
-		})
-	}
 }

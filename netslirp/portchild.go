@@ -35,6 +35,8 @@ const (
 	connectTimeout = 10 * time.Second
 	// transparentTimeout bounds the try with the client's address, before the one without.
 	transparentTimeout = time.Second
+	// requestTimeout bounds the wait for a request of the parent, which sends it as soon as it is connected.
+	requestTimeout = 10 * time.Second
 )
 
 // RunChildDriver serves until quit says so. netNSPath is the node's namespace.
@@ -86,6 +88,9 @@ func (d portChild) RunChildDriver(config map[string]string, quit <-chan struct{}
 // serve answers one request (rootlesskit's pkg/port/builtin/msg).
 func (d portChild) serve(ctx context.Context, conn *net.UnixConn, node *os.File) error {
 	var req msg.Request
+	if err := conn.SetReadDeadline(time.Now().Add(requestTimeout)); err != nil {
+		return err
+	}
 	if _, err := lowlevelmsgutil.UnmarshalFromReader(conn, &req); err != nil {
 		return fmt.Errorf("read request: %w", err)
 	}
@@ -137,16 +142,23 @@ func connect(ctx context.Context, node *os.File, req msg.Request) (net.Conn, err
 func transparentSource(req msg.Request, network string, target netip.Addr) (netip.AddrPort, bool) {
 	source, err := netip.ParseAddr(req.SourceIP)
 	source = source.Unmap()
-	ok := err == nil && network == "tcp" && req.SourcePort != 0 && !source.IsLoopback() && source.Is4() == target.Is4() && source != target
+	ok := err == nil && network == "tcp" && req.SourcePort != 0 && !source.IsLoopback() && familyOf(source) == familyOf(target) && source != target
+	if localIPv6.Contains(target) && !localIPv6.Contains(source) {
+		ok = false // the pod could not answer it (routePod)
+	}
 	return netip.AddrPortFrom(source, uint16(req.SourcePort)), ok
 }
 
 // setTransparent lets a socket bind an address that is not the node's (ip(7): IP_TRANSPARENT). The firewall sends
 // the answers, which have that foreign address as their destination, to the socket.
-func setTransparent(_, _ string, c syscall.RawConn) error {
+func setTransparent(network, _ string, c syscall.RawConn) error {
+	level, option := unix.SOL_IP, unix.IP_TRANSPARENT
+	if network == "tcp6" {
+		level, option = unix.SOL_IPV6, unix.IPV6_TRANSPARENT
+	}
 	var err error
 	if cerr := c.Control(func(fd uintptr) {
-		err = errors.Join(unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_TRANSPARENT, 1),
+		err = errors.Join(unix.SetsockoptInt(int(fd), level, option, 1),
 			unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1))
 	}); cerr != nil {
 		return cerr

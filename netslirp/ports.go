@@ -86,6 +86,17 @@ func (m PortMapping) overlaps(o PortMapping) bool {
 	return mAll || oAll || netip.MustParseAddr(m.HostIP).Unmap() == netip.MustParseAddr(o.HostIP).Unmap()
 }
 
+// target is the pod's address that the port on the host leads to: of the version of IP that the mapping asks for,
+// where the pod has one. The port driver takes a connection before it knows whether the pod listens, so a port for
+// every address leads to where most programs do: one that listens on 0.0.0.0 and one that listens on :: both
+// answer at the IPv4 address.
+func (m PortMapping) target(r *record) netip.Addr {
+	if v4, _, _ := m.families(); v4 {
+		return r.address(ipv4)
+	}
+	return r.address(ipv6)
+}
+
 // spec is the mapping as rootlesskit takes it. There "tcp" with 0.0.0.0 would listen by IPv6 as well.
 func (m PortMapping) spec(pod netip.Addr) port.Spec {
 	proto := m.Protocol
@@ -98,17 +109,27 @@ func (m PortMapping) spec(pod netip.Addr) port.Spec {
 	return port.Spec{Proto: proto, ParentIP: m.HostIP, ParentPort: m.HostPort, ChildIP: pod.String(), ChildPort: m.ContainerPort}
 }
 
-// forwards are the mappings that other pods see at the node's own address: those for every IPv4 address. One for
-// an address of the host itself they reach there, through the user-mode network.
-func forwards(pod netip.Addr, mappings []PortMapping) []forward {
+// forwards are the host ports of the pod at the node's own addresses. Address translation stays within a version of
+// IP: each of the pod's addresses has what is asked for its own.
+func forwards(r *record) []forward {
 	var out []forward
-	for _, m := range mappings {
-		if v4, _, all := m.families(); v4 && all {
-			protocol := byte(unix.IPPROTO_TCP)
-			if m.Protocol == "udp" {
-				protocol = unix.IPPROTO_UDP
+	for _, m := range r.Ports {
+		protocol := byte(unix.IPPROTO_TCP)
+		if m.Protocol == "udp" {
+			protocol = unix.IPPROTO_UDP
+		}
+		v4, v6, all := m.families()
+		for _, a := range r.Addresses {
+			version := familyOf(a.Addr())
+			if version == ipv4 && !v4 || version == ipv6 && !v6 {
+				continue
 			}
-			out = append(out, forward{protocol: protocol, port: uint16(m.HostPort), to: netip.AddrPortFrom(pod, uint16(m.ContainerPort))})
+			host := version.all.Addr()
+			if !all {
+				host = netip.MustParseAddr(m.HostIP).Unmap()
+			}
+			out = append(out, forward{protocol: protocol, host: netip.AddrPortFrom(host, uint16(m.HostPort)),
+				to: netip.AddrPortFrom(a.Addr(), uint16(m.ContainerPort))})
 		}
 	}
 	return out
@@ -181,28 +202,37 @@ func explainPublish(err error, m PortMapping) error {
 	return err
 }
 
-// unpublish ends every port that leads to the pod's address, which is this pod's alone. It is idempotent, and
+// unpublish ends every port that leads to the pod's addresses, which are this pod's alone. It is idempotent, and
 // asks rootlesskit what there is: ids begin again with each parent, so that those of an older one would hit others.
-func (p *publisher) unpublish(ctx context.Context, pod netip.Addr) error {
-	return p.unpublishIf(ctx, func(childIP netip.Addr) bool { return childIP == pod })
+func (p *publisher) unpublish(ctx context.Context, r *record) error {
+	return p.unpublishIf(ctx, r.has)
 }
 
 func (p *publisher) unpublishIf(ctx context.Context, match func(childIP netip.Addr) bool) error {
-	list, err := p.api.PortManager().ListPorts(ctx)
-	if err != nil {
-		return fmt.Errorf("list published ports: %w", err)
-	}
 	var errs []error
-	for _, st := range list {
-		childIP, err := netip.ParseAddr(st.Spec.ChildIP)
-		if err != nil || !match(childIP) {
-			continue
+	err := p.each(ctx, func(st port.Status, childIP netip.Addr) {
+		if !match(childIP) {
+			return
 		}
 		if err := p.api.PortManager().RemovePort(ctx, st.ID); err != nil && !strings.Contains(err.Error(), "unknown id") {
 			errs = append(errs, fmt.Errorf("unpublish host port %d/%s: %w", st.Spec.ParentPort, st.Spec.Proto, err))
 		}
+	})
+	return errors.Join(err, errors.Join(errs...))
+}
+
+// each calls fn with every published port that leads to an address.
+func (p *publisher) each(ctx context.Context, fn func(st port.Status, childIP netip.Addr)) error {
+	list, err := p.api.PortManager().ListPorts(ctx)
+	if err != nil {
+		return fmt.Errorf("list published ports: %w", err)
 	}
-	return errors.Join(errs...)
+	for _, st := range list {
+		if childIP, err := netip.ParseAddr(st.Spec.ChildIP); err == nil {
+			fn(st, childIP)
+		}
+	}
+	return nil
 }
 
 // ready asks the parent whether it is there.

@@ -4,15 +4,18 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
 	"path/filepath"
+	"slices"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 func (p pod) addr() netip.Addr { return netip.MustParseAddr(p.ip) }
@@ -28,65 +31,103 @@ func TestHostPorts(t *testing.T) {
 	client := l.attach(n, "client")
 	serveTCP(t, server.ns, ":80", "tcp")
 	serveUDP(t, server.ns, ":53", "udp")
+	gateway6 := sixOf("1")
 
 	// From the host, through the port driver.
-	wantAnswer(t, "", "tcp", "127.0.0.1:20080", "tcp 10.88.0.1")
-	wantAnswer(t, "", "tcp", "[::1]:20080", "tcp 10.88.0.1")
-	wantAnswer(t, "", "udp", "127.0.0.1:20080", "udp 10.88.0.1")
 	wantAnswer(t, "", "tcp", "127.0.0.1:20081", "tcp 10.88.0.1")
 	wantSilence(t, "", "tcp", "[::1]:20081")
-	// From another pod, at each of the node's addresses, with the pod's own address.
-	for _, node := range []string{"10.88.0.1", uplinkIP} {
-		wantAnswer(t, client.ns, "tcp", join(node, 20080), "tcp "+client.ip)
-		wantAnswer(t, client.ns, "udp", join(node, 20080), "udp "+client.ip)
-		wantSilence(t, client.ns, "tcp", join(node, 20081)) // asked for the host's loopback only
+	for _, network := range []string{"tcp", "udp"} {
+		wantAnswer(t, "", network, "127.0.0.1:20080", network+" 10.88.0.1")
+		wantAnswer(t, "", network, "[::1]:20080", network+" 10.88.0.1")
+		// From another pod, at each of the node's addresses, with the pod's own address.
+		wantAnswer(t, client.ns, network, join("10.88.0.1", 20080), network+" "+client.ip)
+		wantAnswer(t, client.ns, network, join(uplinkIP, 20080), network+" "+client.ip)
+		wantAnswer(t, client.ns, network, join(gateway6, 20080), network+" "+client.ip6)
+		// From the pod itself.
+		wantAnswer(t, server.ns, network, join(uplinkIP, 20080), network+" 10.88.0.1")
+		wantAnswer(t, server.ns, network, join("10.88.0.1", 20080), network+" 10.88.0.1")
+		wantAnswer(t, server.ns, network, join(gateway6, 20080), network+" "+gateway6)
+		// From the node, where a kubelet and host-network pods are.
+		wantAnswer(t, l.node, network, join("127.0.0.1", 20080), network+" 10.88.0.1")
+		wantAnswer(t, l.node, network, join("10.88.0.1", 20080), network+" 10.88.0.1")
+		wantAnswer(t, l.node, network, join(uplinkIP, 20080), network+" "+uplinkIP)
+		wantAnswer(t, l.node, network, join(gateway6, 20080), network+" "+gateway6)
+		// From outside the node, as another node of a cluster would.
+		wantAnswer(t, l.world, network, join(uplinkIP, 20080), network+" "+worldIP)
 	}
-	// From the pod itself, and from the node, where host-network pods are.
-	wantAnswer(t, server.ns, "tcp", join(uplinkIP, 20080), "tcp 10.88.0.1")
-	wantAnswer(t, server.ns, "udp", join(uplinkIP, 20080), "udp 10.88.0.1")
-	wantAnswer(t, l.node, "tcp", join(uplinkIP, 20080), "tcp "+uplinkIP)
-	wantAnswer(t, l.node, "tcp", "127.0.0.1:20080", "tcp 10.88.0.1")
-	wantAnswer(t, l.node, "udp", "127.0.0.1:20080", "udp 10.88.0.1")
-	// From outside the node, as another node of a cluster would.
-	wantAnswer(t, l.world, "tcp", join(uplinkIP, 20080), "tcp "+worldIP)
+	// The kernel translates no ::1; who asks for localhost is told so, and takes the next address.
+	_, err := ask(l.node, "tcp", "[::1]:20080")
+	wantIs(t, err, unix.ECONNREFUSED, "[::1]:20080")
+	for _, node := range []string{"10.88.0.1", uplinkIP, gateway6} {
+		wantSilence(t, client.ns, "tcp", join(node, 20081)) // asked for the loopback only
+	}
+	wantAnswer(t, l.node, "tcp", "127.0.0.1:20081", "tcp 10.88.0.1")
+	wantSilence(t, l.node, "tcp", join(uplinkIP, 20081))
 
 	must(t, n.Detach(context.Background(), "server", server.ns))
 	wantSilence(t, "", "tcp", "127.0.0.1:20080")
 	wantSilence(t, client.ns, "tcp", join(uplinkIP, 20080))
-	wantSilence(t, l.node, "tcp", "127.0.0.1:20080")
+	wantSilence(t, client.ns, "tcp", join(gateway6, 20080))
 	must(t, n.Detach(context.Background(), "client", client.ns))
 	l.checkEmpty(n)
 }
 
-// TestPodsStayOutOfTheNodesLoopback: a pod that routes 127.0.0.1 to the node (CVE-2020-8558 was that) finds nothing
-// there.
-func TestPodsStayOutOfTheNodesLoopback(t *testing.T) {
+// Pods share a host port, each at an address of its own (as the conformance tests of Kubernetes ask for).
+func TestHostPortsAtAddresses(t *testing.T) {
 	l := newLab(t)
 	n := l.open()
-	p := l.attach(n, "rogue", PortMapping{HostPort: 20080, ContainerPort: 80})
-	serveTCP(t, l.node, "127.0.0.1:20090", "kubelet")
-	serveTCP(t, l.node, ":20091", "anybody")
-	wantAnswer(t, l.node, "tcp", "127.0.0.1:20090", "kubelet 127.0.0.1")
-	within(t, p.ns, func() error {
-		eth0, err := netlink.LinkByName(podInterface)
-		if err != nil {
+	at := func(ip string) PortMapping { return PortMapping{HostPort: 20080, ContainerPort: 80, HostIP: ip} }
+	gateway6 := sixOf("1")
+	pods := map[string]pod{}
+	for _, ip := range []string{"127.0.0.1", "::1", uplinkIP, gateway6, "10.88.0.1"} {
+		udp := at(ip)
+		udp.Protocol = "udp"
+		pods[ip] = l.attach(n, fmt.Sprint("p", len(pods)), at(ip), udp)
+		serveTCP(t, pods[ip].ns, ":80", ip)
+		serveUDP(t, pods[ip].ns, ":80", ip)
+	}
+	client := l.attach(n, "client")
+	for _, network := range []string{"tcp", "udp"} {
+		wantAnswer(t, l.node, network, "127.0.0.1:20080", "127.0.0.1 10.88.0.1")
+		wantAnswer(t, l.node, network, join(uplinkIP, 20080), uplinkIP+" "+uplinkIP)
+		wantAnswer(t, l.node, network, join("10.88.0.1", 20080), "10.88.0.1 10.88.0.1")
+		wantAnswer(t, l.node, network, join(gateway6, 20080), gateway6+" "+gateway6)
+		wantAnswer(t, client.ns, network, join(uplinkIP, 20080), uplinkIP+" "+client.ip)
+		wantAnswer(t, client.ns, network, join(gateway6, 20080), gateway6+" "+client.ip6)
+		wantAnswer(t, "", network, "127.0.0.1:20080", "127.0.0.1 10.88.0.1")
+		wantAnswer(t, "", network, "[::1]:20080", "::1 "+gateway6)
+	}
+	_, err := ask(l.node, "tcp", "[::1]:20080")
+	wantIs(t, err, unix.ECONNREFUSED, "[::1]:20080")
+	for _, p := range append([]pod{client}, slices.Collect(maps.Values(pods))...) {
+		must(t, n.Detach(context.Background(), p.id, p.ns))
+	}
+	l.checkEmpty(n)
+}
+
+// A program of the node that listens on the loopback is not the pods' to reach, though host ports answer there.
+func TestPodsDoNotReachTheNodesLoopback(t *testing.T) {
+	l := newLab(t)
+	n := l.open()
+	p := l.attach(n, "a", PortMapping{HostPort: 20080, ContainerPort: 80})
+	serveTCP(t, l.node, "127.0.0.1:8080", "node")
+	serveTCP(t, p.ns, p.ip+":80", "pod")
+	wantAnswer(t, l.node, "tcp", "127.0.0.1:8080", "node 127.0.0.1")
+	within(t, p.ns, func() error { // what a pod with CAP_NET_ADMIN, or with raw sockets, can send
+		if err := writeSysctl("ipv4/conf/eth0/route_localnet", "1"); err != nil {
 			return err
 		}
 		lo, err := netlink.LinkByName("lo")
 		if err != nil {
 			return err
 		}
-		whole := &net.IPNet{IP: net.IPv4(127, 0, 0, 0).To4(), Mask: net.CIDRMask(8, 32)}
-		own := &net.IPNet{IP: net.IPv4(127, 0, 0, 1).To4(), Mask: whole.Mask}
-		return errors.Join(writeSysctl("ipv4/conf/"+podInterface+"/route_localnet", "1"), netlink.AddrDel(lo, &netlink.Addr{IPNet: own}),
-			netlink.RouteAdd(&netlink.Route{LinkIndex: eth0.Attrs().Index, Dst: whole, Gw: net.IPv4(10, 88, 0, 1)}))
+		loopback := netip.MustParsePrefix("127.0.0.1/8")
+		return errors.Join(netlink.AddrDel(lo, &netlink.Addr{IPNet: ipNet(loopback)}),
+			netlink.RouteAdd(&netlink.Route{Dst: ipNet(loopback.Masked()), Gw: net.ParseIP("10.88.0.1")}))
 	})
-	wantAnswer(t, p.ns, "tcp", "10.88.0.1:20091", "anybody "+p.ip)
-	wantSilence(t, p.ns, "tcp", "127.0.0.1:20090")
-	wantSilence(t, p.ns, "tcp", "127.0.0.1:20091")
-	wantSilence(t, p.ns, "tcp", "127.0.0.1:20080")
-	must(t, n.Detach(context.Background(), "rogue", p.ns))
-	l.checkEmpty(n)
+	for _, port := range []string{"8080", "20080"} {
+		wantSilence(t, p.ns, "tcp", "127.0.0.1:"+port)
+	}
 }
 
 func TestHostPortConflictsNameThePort(t *testing.T) {

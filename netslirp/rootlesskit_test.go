@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -41,6 +42,11 @@ const (
 	hostIP   = "192.0.2.10" // the host's address on its LAN
 	lanIP    = "192.0.2.77" // another machine there
 	hostName = "host.example."
+
+	lanLocal  = "fd00:77::77"  // that machine's IPv6 addresses: of a private network
+	lanGlobal = "2001:db8::77" // and of the world
+	hostLocal = "fd00:77::10"
+	hostWorld = "2001:db8::10"
 )
 
 func serveRole(m *testing.M) (bool, error) {
@@ -127,11 +133,30 @@ func TestNodeOfRootlesskit(t *testing.T) {
 	if err != nil || !strings.HasPrefix(got, "pod ") {
 		t.Errorf("from the LAN the pod answered %q, %v", got, err)
 	}
+	// By IPv6 a pod is shown the clients that it can answer.
+	for node, seen := range map[string]string{hostLocal: lanLocal, hostWorld: sixOf("1")} {
+		if got, err := ask(lan, "tcp", join(node, 20086)); err != nil || got != "pod "+seen {
+			t.Errorf("from the LAN by IPv6 the pod answered %q, %v; want it to see %s", got, err, seen)
+		}
+	}
 	must(t, os.WriteFile(filepath.Join(dir, "lan-is-done"), nil, 0o600))
+	wait(t, filepath.Join(dir, "pods-are-gone"), ended, &out)
+	slirp := pidOf(t, "slirp4netns")
+	must(t, unix.Kill(slirp, unix.SIGKILL))
+	eventually(t, "the end of slirp4netns", func() error {
+		if err := unix.Kill(slirp, 0); !errors.Is(err, unix.ESRCH) {
+			return fmt.Errorf("process %d: %w", slirp, err)
+		}
+		return nil
+	})
+	must(t, os.WriteFile(filepath.Join(dir, "slirp-is-dead"), nil, 0o600))
 	if err := <-ended; err != nil {
 		t.Errorf("the node: %v", err)
 	}
 	t.Logf("inside the node:\n%s", out.Bytes())
+	if !strings.Contains(out.String(), "the user-mode network has ended (signal: killed): starting it again") {
+		t.Error("the end of slirp4netns is not in the log")
+	}
 	if _, err := os.Stat(state); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("rootlesskit's directory is left: %v", err)
 	}
@@ -154,6 +179,21 @@ func wait(t *testing.T, path string, ended chan error, out *bytes.Buffer) {
 	}
 }
 
+// pidOf finds the one process of the tests' pid namespace with that name.
+func pidOf(t *testing.T, name string) int {
+	t.Helper()
+	files, _ := filepath.Glob("/proc/[0-9]*/comm")
+	for _, file := range files {
+		if comm, err := os.ReadFile(file); err == nil && strings.TrimSpace(string(comm)) == name {
+			pid, err := strconv.Atoi(strings.Split(file, "/")[2])
+			must(t, err)
+			return pid
+		}
+	}
+	t.Fatalf("no process is called %s", name)
+	return 0
+}
+
 // layHost makes the namespace of the tests a host: a LAN, a name server on 127.0.0.53 as systemd-resolved's, a
 // web server on its address and one on its loopback, subordinate ids for root, and a port start of 1024.
 func layHost(t *testing.T, dir string) (lan string) {
@@ -166,14 +206,16 @@ func layHost(t *testing.T, dir string) (lan string) {
 	attrs.Name = "lan0"
 	veth := netlink.NewVeth(attrs)
 	veth.PeerName, veth.PeerNamespace = "lan0", netlink.NsFd(int(ns.Fd()))
-	must(t, errors.Join(setUpLo(), netlink.LinkAdd(veth), address("lan0", hostIP+"/24")))
+	must(t, errors.Join(setUpLo(), netlink.LinkAdd(veth), address("lan0", hostIP+"/24"), address("lan0", hostLocal+"/64"), address("lan0", hostWorld+"/64")))
 	t.Cleanup(func() {
 		if link, err := netlink.LinkByName("lan0"); err == nil {
 			must(t, netlink.LinkDel(link))
 		}
 	})
 	must(t, netlink.RouteAdd(&netlink.Route{Gw: net.ParseIP(lanIP)}))
-	within(t, lan, func() error { return errors.Join(setUpLo(), address("lan0", lanIP+"/24")) })
+	within(t, lan, func() error {
+		return errors.Join(setUpLo(), address("lan0", lanIP+"/24"), address("lan0", lanLocal+"/64"), address("lan0", lanGlobal+"/64"))
+	})
 	serveTCP(t, lan, ":80", "lan")
 	for _, s := range []string{hostIP + ":8080", "127.0.0.1:8081"} {
 		l, err := net.Listen("tcp", s)
@@ -238,7 +280,8 @@ func TestInsideNode(t *testing.T) {
 	must(t, n.Reconcile(ctx, nil))
 	must(t, n.Ready())
 
-	server := insidePod(t, n, "server", PortMapping{HostPort: 20080, ContainerPort: 80}, PortMapping{Protocol: "udp", HostPort: 20053, ContainerPort: 53})
+	server := insidePod(t, n, "server", PortMapping{HostPort: 20080, ContainerPort: 80}, PortMapping{Protocol: "udp", HostPort: 20053, ContainerPort: 53},
+		PortMapping{HostPort: 20086, ContainerPort: 80, HostIP: "::"})
 	client := insidePod(t, n, "client")
 	serveTCP(t, server.ns, ":80", "pod")
 	serveUDP(t, server.ns, ":53", "pod")
@@ -275,6 +318,16 @@ func TestInsideNode(t *testing.T) {
 	}
 	wantSilence(t, "", "tcp", "127.0.0.1:20080")
 	home(t)
+
+	// slirp4netns is killed; it comes back, and with it the world.
+	client = insidePod(t, n, "client")
+	wantAnswer(t, client.ns, "tcp", hostIP+":8080", "host")
+	must(t, os.WriteFile(filepath.Join(dir, "pods-are-gone"), nil, 0o600))
+	wait(t, filepath.Join(dir, "slirp-is-dead"), nil, nil)
+	eventually(t, "slirp4netns is started again", n.Ready)
+	wantAnswer(t, client.ns, "tcp", hostIP+":8080", "host")
+	wantAnswer(t, client.ns, "tcp", lanIP+":80", "lan "+hostIP)
+	must(t, n.Detach(ctx, client.id, client.ns))
 }
 
 func insidePod(t *testing.T, n *Network, id string, ports ...PortMapping) pod {

@@ -84,6 +84,10 @@ func (s *Service) makeContainer(ctx context.Context, p *pod, id string, config *
 	if spec.OCI, spec.NotApplied, err = ctr.BuildSpec(request); err != nil {
 		return err
 	}
+	if err := s.checkSupport(p, config, spec.OCI); err != nil {
+		return err
+	}
+	p.annotate(spec.OCI, "container")
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("the caller is gone: %w", err) // and would never learn the id
 	}

@@ -40,7 +40,7 @@ func (s *Service) startContainer(ctx context.Context, id string) error {
 	// Once begun it is brought to its end: a caller that hangs up must not leave a container half started.
 	work, cancel := context.WithTimeout(context.WithoutCancel(ctx), startTimeout)
 	defer cancel()
-	state, err := s.launch(work, c)
+	state, err := s.launch(work, p, c)
 	if err != nil {
 		err = fmt.Errorf("start container %s: %w", c.spec.ID, err)
 		return errors.Join(err, c.startFailed(err), s.deps.Containers.Delete(work, c.spec.ID))
@@ -48,7 +48,11 @@ func (s *Service) startContainer(ctx context.Context, id string) error {
 	return c.observe(state)
 }
 
-func (s *Service) launch(ctx context.Context, c *container) (ctr.State, error) {
+func (s *Service) launch(ctx context.Context, p *pod, c *container) (ctr.State, error) {
+	runtime, err := s.runtimeOf(p, false)
+	if err != nil {
+		return ctr.State{}, err
+	}
 	if c.spec.LogPath != "" {
 		// The kubelet makes the container's directory below the pod's log directory; crictl does not.
 		if err := os.MkdirAll(filepath.Dir(c.spec.LogPath), 0o755); err != nil {
@@ -56,9 +60,9 @@ func (s *Service) launch(ctx context.Context, c *container) (ctr.State, error) {
 		}
 	}
 	config := c.spec.Config
-	_, err := s.deps.Containers.Create(ctx, ctr.CreateRequest{
+	_, err = s.deps.Containers.Create(ctx, ctr.CreateRequest{
 		ID: c.spec.ID, Spec: c.oci(), LogPath: c.spec.LogPath,
-		Stdin: config.GetStdin(), StdinOnce: config.GetStdinOnce(), TTY: config.GetTty(),
+		Stdin: config.GetStdin(), StdinOnce: config.GetStdinOnce(), TTY: config.GetTty(), Runtime: runtime,
 	})
 	if err != nil {
 		return ctr.State{}, err

@@ -7,7 +7,7 @@
 //   - pod: one sandbox: an immutable spec, a status that is a snapshot, and the lock of its operations.
 //   - container: one container of a pod, likewise.
 //   - store: the records on disk; specs in the data directory, statuses in the runtime directory.
-//   - streamServer: exec, attach and port-forward over HTTP.
+//   - streamRuntime: what exec, attach and port-forward do; pod/streaming serves them over HTTP.
 //
 // State is computed from facts: stamps of what happened, and what the keeper tells about processes. A status
 // changes in one place (record), which writes it to disk before readers see it, or, where it is a fact, even though

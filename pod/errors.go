@@ -14,6 +14,7 @@ import (
 	"github.com/coracle-cri/coracle/ctr"
 	"github.com/coracle-cri/coracle/images"
 	"github.com/coracle-cri/coracle/netslirp"
+	"github.com/coracle-cri/coracle/pod/streaming"
 )
 
 // The sentinels of the package. Each stands for one gRPC code; the sentence around it says the rest.
@@ -82,6 +83,7 @@ var grpcCodes = []struct {
 	{ctr.ErrUnsupported, codes.FailedPrecondition},
 	{errTimeout, codes.DeadlineExceeded},
 	{errTooMuch, codes.ResourceExhausted},
+	{streaming.ErrTooMany, codes.ResourceExhausted},
 	{context.DeadlineExceeded, codes.DeadlineExceeded},
 	{context.Canceled, codes.Canceled},
 }
@@ -95,9 +97,6 @@ func (e imageVolumeError) Unwrap() error { return e.error }
 func grpcError(err error) error {
 	if err == nil {
 		return nil
-	}
-	if _, ok := status.FromError(err); ok {
-		return err // cri-streaming answers with statuses of its own
 	}
 	text := err.Error()
 	if volume := (imageVolumeError{}); errors.As(err, &volume) {

@@ -58,7 +58,7 @@ func (s *Service) capture(ctx context.Context, c *container, cmd []string, stdou
 	}
 	defer closeFiles(outR, errR)
 	session, err := s.deps.Containers.Exec(ctx, ctr.ExecRequest{
-		ContainerID: c.spec.ID, Process: ctr.ExecProcess(c.spec.OCI, cmd, false),
+		ContainerID: c.spec.ID, Process: ctr.ExecProcess(c.oci(), cmd, false),
 		Streams: ctr.Streams{Stdout: outW, Stderr: errW},
 	})
 	if err != nil {

@@ -101,7 +101,7 @@ func (s *Service) settlePod(p *pod, facts keeperFacts) {
 		return
 	}
 	alive := st.BootID == facts.boot
-	if alive && p.sharesPID() {
+	if alive && p.hasPause() {
 		pause, known := facts.states[p.spec.ID]
 		alive = known && pause.Running()
 	}

@@ -30,6 +30,9 @@ type fakeKeeper struct {
 	more   chan struct{} // closed and replaced at each event
 	fail   map[string]error
 	lost   chan struct{} // closed by drop: running Events calls break off
+	sizes  map[string][2]uint16
+	execs  int // that run
+	joined int // attaches that run
 	wg     sync.WaitGroup
 }
 
@@ -67,7 +70,17 @@ func (f *fanout) add(w io.Writer) {
 }
 
 func newFakeKeeper() *fakeKeeper {
-	return &fakeKeeper{boot: 1, procs: map[string]*fakeProc{}, more: make(chan struct{}), lost: make(chan struct{}), fail: map[string]error{}}
+	return &fakeKeeper{boot: 1, procs: map[string]*fakeProc{}, more: make(chan struct{}), lost: make(chan struct{}), fail: map[string]error{}, sizes: map[string][2]uint16{}}
+}
+
+// request is what a container was made of.
+func (k *fakeKeeper) request(id string) ctr.CreateRequest {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if p := k.procs[id]; p != nil {
+		return p.req
+	}
+	return ctr.CreateRequest{}
 }
 
 // failure returns the error that a test wants of op.
@@ -329,9 +342,42 @@ func (k *fakeKeeper) ReopenLog(_ context.Context, id string) error {
 	return f.Close()
 }
 
-func (k *fakeKeeper) Resize(_ context.Context, id string, _, _ uint16) error {
-	_, err := k.proc(id)
-	return err
+func (k *fakeKeeper) Resize(_ context.Context, id string, width, height uint16) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if _, ok := k.procs[id]; !ok {
+		return ctr.ErrNotFound
+	}
+	k.sizes[id] = [2]uint16{width, height}
+	return nil
+}
+
+// sizeOf is the last size that a container's terminal was given.
+func (k *fakeKeeper) sizeOf(id string) [2]uint16 {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.sizes[id]
+}
+
+// count adds to a counter of this keeper.
+func (k *fakeKeeper) count(counter *int, n int) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	*counter += n
+}
+
+// sessions is how many commands run.
+func (k *fakeKeeper) sessions() int {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.execs
+}
+
+// attached is how many clients are attached to containers.
+func (k *fakeKeeper) attached() int {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.joined
 }
 
 func (k *fakeKeeper) Attach(ctx context.Context, id string, streams ctr.Streams) error {
@@ -351,6 +397,8 @@ func (k *fakeKeeper) Attach(ctx context.Context, id string, streams ctr.Streams)
 			}
 		}()
 	}
+	k.count(&k.joined, 1)
+	defer k.count(&k.joined, -1)
 	select {
 	case <-p.done:
 		return nil
@@ -404,8 +452,10 @@ func (k *fakeKeeper) Exec(ctx context.Context, req ctr.ExecRequest) (Session, er
 		return nil, err
 	}
 	stop := context.AfterFunc(ctx, x.kill)
+	k.count(&k.execs, 1)
 	k.wg.Go(func() {
 		x.code = exitCode(x.cmd.Wait())
+		k.count(&k.execs, -1)
 		stop()
 		close(x.done)
 	})

@@ -41,19 +41,16 @@ func (s *Service) Status(ctx context.Context, req *runtimeapi.StatusRequest) (*r
 		})
 	}
 	out := &runtimeapi.StatusResponse{
-		Status: &runtimeapi.RuntimeStatus{Conditions: conditions},
-		RuntimeHandlers: []*runtimeapi.RuntimeHandler{{
-			Name:     "",
-			Features: &runtimeapi.RuntimeHandlerFeatures{RecursiveReadOnlyMounts: true},
-		}},
-		Features: &runtimeapi.RuntimeFeatures{SupplementalGroupsPolicy: true, MountOptions: true},
+		Status:          &runtimeapi.RuntimeStatus{Conditions: conditions},
+		RuntimeHandlers: s.runtimeHandlers(),
+		Features:        &runtimeapi.RuntimeFeatures{SupplementalGroupsPolicy: true, MountOptions: true},
 	}
 	if !req.GetVerbose() {
 		return out, nil
 	}
 	config, err := json.Marshal(map[string]any{
 		"version": s.cfg.Version, "policy": s.cfg.Policy, "runtimeDir": s.cfg.RuntimeDir, "dataDir": s.cfg.DataDir,
-		"streamAddress": s.streams.addr, "keeper": keeper, "system": s.cfg.SysInfo, "network": s.deps.Network.Info(),
+		"streamAddress": s.streams.Addr(), "handlers": s.cfg.Handlers, "keeper": keeper, "system": s.cfg.SysInfo, "network": s.deps.Network.Info(),
 	})
 	if err != nil {
 		return nil, grpcError(fmt.Errorf("encode verbose info: %w", err))

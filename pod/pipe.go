@@ -15,6 +15,9 @@ import (
 // hold the pipe open for ever, and are not what was asked for.
 const outputGrace = 200 * time.Millisecond
 
+// pipeSize is what a pipe holds.
+const pipeSize = 64 << 10
+
 // newPipe makes a pipe for a process of a container. Only our end is non-blocking (and so can be interrupted):
 // programs do not expect EAGAIN from their standard streams.
 func newPipe(weRead bool) (ours, theirs *os.File, err error) {
@@ -54,7 +57,8 @@ func interruptible(f *os.File) (*os.File, error) {
 // copyOutput copies r to w until the end, or until the deadline that the process's exit sets on r. What the
 // process wrote before it ended is copied in any case, however slow w is.
 func copyOutput(w io.Writer, r *os.File) error {
-	_, err := io.Copy(w, r)
+	// Not by (*os.File).WriteTo, whose buffer is half as large as the pipe.
+	_, err := io.CopyBuffer(w, struct{ io.Reader }{r}, make([]byte, pipeSize))
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		err = copyRest(w, r)
 	}
@@ -73,7 +77,7 @@ func copyRest(w io.Writer, r *os.File) error {
 	if err != nil {
 		return err
 	}
-	buf := make([]byte, 64<<10)
+	buf := make([]byte, pipeSize)
 	for {
 		var n int
 		var readErr error

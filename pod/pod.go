@@ -16,6 +16,8 @@ type podSpec struct {
 	ID        string    `json:"id"`
 	CreatedAt time.Time `json:"createdAt"`
 	Handler   string    `json:"handler,omitempty"`
+	// Sandboxed: its pause process always runs, by the handler's runtime, and its containers live in that one's sandbox.
+	Sandboxed bool      `json:"sandboxed,omitempty"`
 	Hostname  string    `json:"hostname"`
 	Config    podConfig `json:"config"`
 }
@@ -88,6 +90,9 @@ func (p *pod) hostIPC() bool     { return p.namespaces().GetIpc() == runtimeapi.
 
 // sharesPID: all containers see each other's processes, which needs a process that lives as long as the pod.
 func (p *pod) sharesPID() bool { return p.namespaces().GetPid() == runtimeapi.NamespaceMode_POD }
+
+// hasPause: the pod has a process of its own.
+func (p *pod) hasPause() bool { return p.sharesPID() || p.spec.Sandboxed }
 
 func (p *pod) nsPath(kind string) string { return filepath.Join(p.dir, "ns", kind) }
 

@@ -19,7 +19,10 @@ import (
 // runPod makes a sandbox, or leaves nothing.
 func (s *Service) runPod(ctx context.Context, req *runtimeapi.RunPodSandboxRequest) (string, error) {
 	config := req.GetConfig()
-	if err := validatePod(config, req.GetRuntimeHandler()); err != nil {
+	if err := s.checkHandler(req.GetRuntimeHandler()); err != nil {
+		return "", err
+	}
+	if err := validatePod(config); err != nil {
 		return "", err
 	}
 	if err := ctr.CheckSandbox(config.GetLinux().GetSecurityContext(), s.cfg.Host); err != nil {
@@ -27,7 +30,8 @@ func (s *Service) runPod(ctx context.Context, req *runtimeapi.RunPodSandboxReque
 	}
 	spec := podSpec{
 		ID: newID(), CreatedAt: time.Now(), Handler: req.GetRuntimeHandler(),
-		Hostname: config.GetHostname(), Config: podConfig{config},
+		Sandboxed: s.cfg.Handlers[req.GetRuntimeHandler()].Sandbox,
+		Hostname:  config.GetHostname(), Config: podConfig{config},
 	}
 	if spec.Hostname == "" {
 		// The CRI wants one unless the pod uses the node's network; crictl and critest send none all the same.
@@ -130,11 +134,16 @@ type podFacts struct {
 func (s *Service) furnish(ctx context.Context, p *pod, back *undo) (podFacts, error) {
 	var facts podFacts
 	group, ctx := errgroup.WithContext(ctx)
+	attached := make(chan struct{})
 	group.Go(func() (err error) {
+		defer close(attached)
 		facts.net, err = s.attach(ctx, p, back)
 		return err
 	})
 	group.Go(func() (err error) {
+		if p.spec.Sandboxed {
+			<-attached // a sandbox takes the addresses over that it finds at its start
+		}
 		facts.pause, err = s.startPause(ctx, p, back)
 		return err
 	})
@@ -175,10 +184,10 @@ func (s *Service) attach(ctx context.Context, p *pod, back *undo) (netslirp.Atta
 }
 
 // startPause runs PID 1 of a shared pid namespace, and pins the namespace so that containers join it by a path
-// that no other process can take over.
+// that no other process can take over. A handler with sandboxes needs the process in any case.
 func (s *Service) startPause(ctx context.Context, p *pod, back *undo) (int, error) {
-	if !p.sharesPID() {
-		return 0, nil
+	if !p.hasPause() || ctx.Err() != nil {
+		return 0, ctx.Err()
 	}
 	id := p.spec.ID
 	spec, err := ctr.PauseSpec(ctr.PauseRequest{
@@ -188,13 +197,21 @@ func (s *Service) startPause(ctx context.Context, p *pod, back *undo) (int, erro
 	if err != nil {
 		return 0, err
 	}
+	p.annotate(spec, "sandbox")
+	runtime, err := s.runtimeOf(p, true)
+	if err != nil {
+		return 0, err
+	}
 	back.push("pause process", func(ctx context.Context) error { return s.deps.Containers.Delete(ctx, id) })
-	if _, err := s.deps.Containers.Create(ctx, ctr.CreateRequest{ID: id, Spec: spec}); err != nil {
+	if _, err := s.deps.Containers.Create(ctx, ctr.CreateRequest{ID: id, Spec: spec, Runtime: runtime}); err != nil {
 		return 0, fmt.Errorf("create pause process: %w", err)
 	}
 	state, err := s.deps.Containers.Start(ctx, id)
 	if err != nil {
 		return 0, fmt.Errorf("start pause process: %w", err)
+	}
+	if !p.sharesPID() {
+		return state.Pid, nil
 	}
 	return state.Pid, pinPID(state.Pid, state.PidStart, p.nsPath("pid"))
 }

@@ -35,16 +35,14 @@ func TestValidatePod(t *testing.T) {
 		}
 	}
 	for _, tc := range []struct {
-		name    string
-		handler string
-		change  func(*config)
-		want    codes.Code
-		says    string
+		name   string
+		change func(*config)
+		want   codes.Code
+		says   string
 	}{
 		{name: "as it is", change: func(*config) {}},
 		{name: "no linux part", change: func(c *config) { c.Linux = nil }},
 		{name: "no hostname", change: func(c *config) { c.Hostname = "" }},
-		{name: "unknown handler", handler: "gvisor", change: func(*config) {}, want: codes.InvalidArgument, says: "gvisor"},
 		{name: "no metadata", change: func(c *config) { c.Metadata = nil }, want: codes.InvalidArgument},
 		{name: "no uid", change: func(c *config) { c.Metadata.Uid = "" }, want: codes.InvalidArgument, says: "uid"},
 		{name: "no name", change: func(c *config) { c.Metadata.Name = "" }, want: codes.InvalidArgument},
@@ -117,7 +115,7 @@ func TestValidatePod(t *testing.T) {
 			c := (&harness{}).podConfig("p")
 			c.LogDirectory = "/logs"
 			tc.change(c)
-			err := grpcError(validatePod(c, tc.handler))
+			err := grpcError(validatePod(c))
 			wantCode(t, err, tc.want)
 			if err != nil && !strings.Contains(err.Error(), tc.says) {
 				t.Errorf("%v does not say %q", err, tc.says)

@@ -11,6 +11,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/coracle-cri/coracle/ctr"
+	"github.com/coracle-cri/coracle/pod/streaming"
 )
 
 // Config is what the program decides before the service starts.
@@ -20,9 +21,10 @@ type Config struct {
 	Version    string // of the program, semver
 	StreamAddr string // host:port of the streaming server; port 0 takes a free one
 	Host       ctr.Host
-	Policy     string            // what happens to limits that cannot be applied; shown in Status
-	Conditions []Condition       // what the host lacks, shown in Status
-	SysInfo    map[string]string // shown in Status when verbose
+	Handlers   map[string]Handler // runtime handlers beside the default one, by name
+	Policy     string             // what happens to limits that cannot be applied; shown in Status
+	Conditions []Condition        // what the host lacks, shown in Status
+	SysInfo    map[string]string  // shown in Status when verbose
 	Log        *slog.Logger
 }
 
@@ -44,7 +46,7 @@ type Service struct {
 	index   *index
 	events  *eventLog
 	boot    atomic.Pointer[string] // the keeper's boot id
-	streams *streamServer
+	streams *streaming.Server
 
 	stop context.CancelFunc
 	wg   sync.WaitGroup // the watcher
@@ -80,7 +82,7 @@ func Open(ctx context.Context, cfg Config, deps Deps) (*Service, error) {
 // Close ends the streams and every goroutine of the service. Pods go on.
 func (s *Service) Close() error {
 	s.stop()
-	err := s.streams.close()
+	err := s.streams.Close()
 	s.wg.Wait()
 	return err
 }

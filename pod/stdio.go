@@ -6,13 +6,12 @@ import (
 	"sync"
 
 	"github.com/coracle-cri/coracle/ctr"
+	"github.com/coracle-cri/coracle/pod/streaming"
 )
 
-// stdio moves bytes between a client's streams and the files of a process. A nil stream was not asked for.
+// stdio moves bytes between a client's streams and the files of a process.
 type stdio struct {
-	server      *streamServer
-	in          io.Reader
-	out, errOut io.Writer
+	client *streaming.Client
 
 	console               *os.File // a terminal: both directions
 	stdin, stdout, stderr *os.File // our ends of pipes
@@ -26,9 +25,9 @@ func (x *stdio) pipes() (theirs ctr.Streams, err error) {
 		weRead      bool
 		ours, their **os.File
 	}{
-		{x.in != nil, false, &x.stdin, &theirs.Stdin},
-		{x.out != nil, true, &x.stdout, &theirs.Stdout},
-		{x.errOut != nil, true, &x.stderr, &theirs.Stderr},
+		{x.client.Stdin != nil, false, &x.stdin, &theirs.Stdin},
+		{x.client.Stdout != nil, true, &x.stdout, &theirs.Stdout},
+		{x.client.Stderr != nil, true, &x.stderr, &theirs.Stderr},
 	} {
 		if !p.wanted {
 			continue
@@ -47,24 +46,23 @@ func (x *stdio) terminal(console *os.File) (err error) {
 	return err
 }
 
-// start begins to copy. Input is read until the client closes its stream, which may be after the process has
-// ended: that goroutine is the server's. Closing stdin is the half close that the process sees as its end.
-func (x *stdio) start() error {
+// start begins to copy. Input is read until the client's session ends, which may be after the process has ended: what
+// nobody takes would hold up the client's other streams. Closing stdin is the half close that the process sees as its
+// end.
+func (x *stdio) start() {
 	input, output := x.stdin, x.stdout
 	if x.console != nil {
 		input, output = x.console, x.console
 	}
-	if x.in != nil && input != nil {
-		if err := x.server.spawn(func() {
-			_, _ = io.Copy(input, x.in) // ends with either side
+	if in := x.client.Stdin; in != nil && input != nil {
+		x.client.Go(func() {
+			_, _ = io.Copy(input, in) // ends with either side
 			closeFiles(x.stdin)
-		}); err != nil {
-			return err
-		}
+			_, _ = io.Copy(io.Discard, in)
+		})
 	}
-	x.output(x.out, output)
-	x.output(x.errOut, x.stderr)
-	return nil
+	x.output(x.client.Stdout, output)
+	x.output(x.client.Stderr, x.stderr)
 }
 
 func (x *stdio) output(w io.Writer, r *os.File) {

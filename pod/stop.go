@@ -68,7 +68,7 @@ func (s *Service) releasePod(ctx context.Context, p *pod) error {
 	if p.status.snapshot().Released {
 		return nil
 	}
-	if p.sharesPID() {
+	if p.hasPause() {
 		if err := s.deps.Containers.Delete(ctx, p.spec.ID); err != nil {
 			return fmt.Errorf("end pause process: %w", err)
 		}

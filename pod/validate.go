@@ -15,10 +15,7 @@ import (
 const maxHostname = 64
 
 // validatePod refuses what cannot be done, before anything is made.
-func validatePod(config *runtimeapi.PodSandboxConfig, handler string) error {
-	if handler != "" {
-		return invalid("run pod: runtime handler %q is not configured; only the default one, \"\", is", handler)
-	}
+func validatePod(config *runtimeapi.PodSandboxConfig) error {
 	m := config.GetMetadata()
 	if m.GetName() == "" || m.GetUid() == "" || m.GetNamespace() == "" {
 		return invalid("run pod: metadata needs name, uid and namespace, got name %q, uid %q, namespace %q",

@@ -43,6 +43,7 @@ packages() {
 		nftables       nft, by which kube-proxy sets up services
 	END
 	[ -z "$test" ] || cat <<-END
+		crun           an OCI runtime: runtime handlers are tested with it
 		debootstrap    builds the test image of a real distribution
 		zstd           packs it
 	END
@@ -51,7 +52,7 @@ packages() {
 install_packages() {
 	command -v dpkg-query >/dev/null || {
 		missing=
-		for tool in gcc make pkg-config newuidmap newgidmap slirp4netns ip nsenter; do
+		for tool in gcc make pkg-config newuidmap newgidmap slirp4netns ip nsenter ${test:+crun}; do
 			command -v $tool >/dev/null || missing="$missing $tool"
 		done
 		[ -z "$missing" ] || die "this is neither Debian nor Ubuntu: install by hand what gives you$missing"

@@ -14,6 +14,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/coracle-cri/coracle/images"
+	"github.com/coracle-cri/coracle/netslirp"
 	"github.com/coracle-cri/coracle/rootless"
 )
 
@@ -30,6 +31,7 @@ type config struct {
 	CopyUp     []string                         `json:"copyUp"`
 	CDIDirs    []string                         `json:"cdiSpecDirs"`
 	Registries map[string]images.RegistryConfig `json:"registries"`
+	Handlers   map[string]handlerConfig         `json:"handlers"`
 }
 
 type logConfig struct {
@@ -64,7 +66,7 @@ func defaults() config {
 	return config{
 		Name:      rootless.DefaultName,
 		Log:       logConfig{Level: "info", Format: "text"},
-		Network:   networkConfig{Driver: "slirp4netns", Program: "slirp4netns", MTU: 65520, PodCIDR: "10.88.0.0/16"},
+		Network:   networkConfig{Driver: "slirp4netns", Program: "slirp4netns", MTU: 65520, PodCIDR: netslirp.DefaultPodCIDR},
 		Limits:    "best-effort",
 		Streaming: streamingConfig{Address: "127.0.0.1:0"},
 		Images:    imagesConfig{MaxLayerBytes: 64 << 30},
@@ -151,7 +153,8 @@ var keys = []key{
 	text("network-program", "network.program", "the driver's program, by name or path", func(c *config) *string { return &c.Network.Program }),
 	number("network-mtu", "network.mtu", "MTU of the node's and the pods' interfaces, in bytes",
 		func(c *config, n int64) { c.Network.MTU = int(n) }, func(c config) int64 { return int64(c.Network.MTU) }),
-	text("pod-cidr", "network.podCIDR", "addresses of pods; a kubelet may set it too (UpdateRuntimeConfig)", func(c *config) *string { return &c.Network.PodCIDR }),
+	text("pod-cidr", "network.podCIDR", "addresses of pods: one network, or one of IPv4 and one of IPv6 with a comma between them, the one of the pods' IP first; a kubelet may set it too (UpdateRuntimeConfig)",
+		func(c *config) *string { return &c.Network.PodCIDR }),
 	truth("host-loopback", "network.hostLoopback", "let pods reach the host's 127.0.0.1 as 10.0.2.2", func(c *config) *bool { return &c.Network.HostLoopback }),
 	oneOf(text("limits", "limits", "what becomes of a limit that cannot be applied here: left out and shown, or an error", func(c *config) *string { return &c.Limits }), "best-effort", "strict"),
 	text("streaming-address", "streaming.address", "loopback address of the exec, attach and port-forward server; port 0 picks one", func(c *config) *string { return &c.Streaming.Address }),
@@ -222,7 +225,7 @@ func (s *settings) resolve(flags *pflag.FlagSet) (config, error) {
 			return c, fmt.Errorf("cdiSpecDirs[%d]: %q: give an absolute directory", i, dir)
 		}
 	}
-	return c, nil
+	return c, validateHandlers(c.Handlers)
 }
 
 // readFile reads the file over c. A file that was named must exist; unknown keys are refused, so that a
@@ -272,6 +275,12 @@ func (c *config) anchor(file string) error {
 		registry.CAFile = from(registry.CAFile)
 		c.Registries[host] = registry
 	}
+	for name, handler := range c.Handlers {
+		if strings.Contains(handler.Path, "/") { // else it is looked up in PATH
+			handler.Path = from(handler.Path)
+		}
+		c.Handlers[name] = handler
+	}
 	return nil
 }
 
@@ -315,7 +324,7 @@ func configCommand() *cobra.Command {
 			fmt.Fprintf(out, "copyUp\n    directories that the node may write without the host seeing it; file only, default %s\n", strings.Join(defaults().CopyUp, ", "))
 			fmt.Fprintf(out, "cdiSpecDirs\n    directories of CDI specifications, read when a container asks for a CDI device; of two that describe a device the later counts; "+
 				"file only, default %s\n", strings.Join(defaults().CDIDirs, ", "))
-			fmt.Fprint(out, registriesHelp)
+			fmt.Fprint(out, registriesHelp, handlersHelp)
 		},
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/http"
 	"os"
 	"os/signal"
@@ -83,13 +84,14 @@ func runDaemon(ctx context.Context, c config, node rootless.Node) (err error) {
 	if err != nil {
 		return err
 	}
+	podConfig.Handlers = podHandlers(ctx, c.Handlers, log)
 	service, err := pod.Open(ctx, podConfig, pod.Deps{Containers: pod.KeeperContainers(ctr.NewClient(node.KeeperSocket())),
 		Network: network, Images: store, Cgroups: tree})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, service.Close()) }()
-	server := newServer(ctx, c.GRPC, service, images.NewService(store), log)
+	server := newServer(ctx, c.GRPC, service, images.NewService(store, slices.Collect(maps.Keys(c.Handlers))...), log)
 	return serve(ctx, node, server, &http.Server{Handler: adminHandler(store), ReadHeaderTimeout: 5 * time.Second}, log)
 }
 

@@ -1,10 +1,14 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
+	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -23,13 +27,13 @@ func doctorCommand(s *settings) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return runDoctor(c, cmd.OutOrStdout())
+			return runDoctor(cmd.Context(), c, cmd.OutOrStdout())
 		},
 	}
 }
 
 // runDoctor prints a line a check; its error says how many forbid a node.
-func runDoctor(c config, out io.Writer) error {
+func runDoctor(ctx context.Context, c config, out io.Writer) error {
 	bad := 0
 	report := func(what string, err error) {
 		var p *rootless.Problem
@@ -54,8 +58,17 @@ func runDoctor(c config, out io.Writer) error {
 		report("user, user namespaces, id map helpers, subordinate ids", nil)
 	}
 	report("network driver "+c.Network.Driver, netslirp.CheckDriver(driverConfig(c, io.Discard)))
+	report("pod CIDR "+c.Network.PodCIDR, netslirp.CheckPodCIDR(c.Network.PodCIDR))
+	if hidden, _ := netslirp.HiddenFromPods(c.Network.PodCIDR); len(hidden) > 0 { // a node starts all the same
+		fmt.Fprintf(out, "note  pods do not reach %s of this host, which the pod CIDR overlaps\n"+
+			"      if they should, choose another for them, as with: --pod-cidr 10.89.0.0/16\n", strings.Join(hidden, ", "))
+	}
 	_, err = keeperPath()
 	report("coracle-keeper", err)
+	for _, name := range slices.Sorted(maps.Keys(c.Handlers)) {
+		path, facts, err := askHandler(ctx, c.Handlers[name])
+		report(fmt.Sprintf("runtime handler %s: %s, %s", name, path, facts.Version), err)
+	}
 	delegation, err := cgroupv2.Find()
 	switch {
 	case err != nil:

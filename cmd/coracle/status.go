@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"io/fs"
 	"maps"
 	"slices"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -84,6 +86,11 @@ func printDaemon(ctx context.Context, node rootless.Node, verbose bool, w io.Wri
 		}
 		fmt.Fprintf(w, "%s\t%s\n", c.Type, word)
 	}
+	var handlers []string
+	for _, h := range status.RuntimeHandlers {
+		handlers = append(handlers, cmp.Or(h.Name, "(default)"))
+	}
+	fmt.Fprintf(w, "handlers\t%s\n", strings.Join(handlers, ", "))
 	pods, err := client.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{})
 	if err != nil {
 		return err

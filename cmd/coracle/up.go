@@ -60,10 +60,11 @@ func preflight(c config) error {
 	for _, p := range rootless.Preflight() {
 		all = append(all, p)
 	}
-	all = append(all, netslirp.CheckDriver(driverConfig(c, io.Discard)))
+	all = append(all, netslirp.CheckDriver(driverConfig(c, io.Discard)), netslirp.CheckPodCIDR(c.Network.PodCIDR))
 	if _, err := keeperPath(); err != nil {
 		all = append(all, err)
 	}
+	all = append(all, checkHandlers(c.Handlers))
 	return errors.Join(all...)
 }
 

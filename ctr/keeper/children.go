@@ -18,8 +18,8 @@ import (
 // daemon. As a subreaper the keeper also becomes the parent of orphans (what a container in the node's pid
 // namespace leaves behind, helpers of a daemon that died), and those it reaps.
 //
-// libcontainer and os/exec wait for short-lived children of which only they know the pid. So no orphan is reaped
-// while a launch is under way: launches hold launching for reading, the reaper takes it for writing if it can at
+// libcontainer and os/exec wait for short-lived children of which only they know the pid, and an OCI runtime program
+// leaves a child to the keeper before it can tell its pid. So no orphan is reaped while a launch is under way: launches hold launching for reading, the reaper takes it for writing if it can at
 // once, and is poked by the end of the launch if it could not.
 type children struct {
 	log       *slog.Logger

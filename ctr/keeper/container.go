@@ -4,14 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"sync"
 	"syscall"
 	"time"
-
-	"github.com/opencontainers/runc/libcontainer"
-	"golang.org/x/sys/unix"
 
 	"github.com/coracle-cri/coracle/ctr/wire"
 )
@@ -34,9 +29,9 @@ type container struct {
 	dead   chan struct{} // closed when the init process has ended
 	exited chan struct{} // closed when the exit is recorded and told
 
-	lc     *libcontainer.Container // nil for a container of an earlier keeper
-	proc   *libcontainer.Process
-	init   *process
+	engine engine // nil for a container of an earlier keeper
+	child  child
+	init   *process // a handle on child
 	stdio  *stdio
 	member membership
 
@@ -93,20 +88,17 @@ func (c *container) launch(req *wire.Create) (err error) {
 			err = errors.Join(err, undo.run())
 		}
 	}()
-	p, err := c.assemble(req, &undo)
+	streams, err := c.assemble(req, &undo)
 	if err != nil {
 		return err
 	}
-	init, err := c.spawn(p, &undo)
+	init, err := c.spawn(streams, &undo)
 	if err != nil {
 		return err
 	}
-	stdio, err := p.streams.connect(req)
-	if err != nil {
-		return err
-	}
+	stdio := streams.connect(req, c.child.tty)
 	undo.push(func() error { stdio.close(); return nil })
-	member, err := membershipOf(init.pid, req.Spec)
+	member, err := membershipOf(c.child, req.Spec)
 	if err != nil {
 		return err
 	}
@@ -116,7 +108,7 @@ func (c *container) launch(req *wire.Create) (err error) {
 		return err
 	}
 	committed = true
-	c.lc, c.proc, c.init, c.stdio, c.member = p.lc, p.proc, init, stdio, member
+	c.init, c.stdio, c.member = init, stdio, member
 	c.mu.Lock()
 	c.state = state
 	c.mu.Unlock()
@@ -124,49 +116,37 @@ func (c *container) launch(req *wire.Create) (err error) {
 	return nil
 }
 
-// parts is a container before its first process exists.
-type parts struct {
-	lc      *libcontainer.Container
-	proc    *libcontainer.Process
-	streams *plumbing
-}
-
-func (c *container) assemble(req *wire.Create, undo *undoStack) (p parts, err error) {
+// assemble makes all that the init process needs.
+func (c *container) assemble(req *wire.Create, undo *undoStack) (*plumbing, error) {
 	log, err := openLogFile(req.LogPath, c.keeper.log)
 	if err != nil {
-		return p, err
+		return nil, err
 	}
 	undo.push(func() error { log.close(); return nil })
-	if p.proc, err = newProcess(req.Spec.Process); err != nil {
-		return p, err
+	streams, err := newPlumbing(req, log)
+	if err != nil {
+		return nil, err
 	}
-	p.proc.Init = true
-	if p.streams, err = newPlumbing(req, p.proc, log); err != nil {
-		return p, err
+	undo.push(func() error { streams.abandon(); return nil })
+	if c.engine, err = c.keeper.newEngine(c.id, req); err != nil {
+		return nil, err
 	}
-	undo.push(func() error { p.streams.abandon(); return nil })
-	if p.lc, err = newLibcontainer(c.keeper.stateDir(), c.id, req.Spec); err != nil {
-		return p, err
-	}
-	undo.push(p.lc.Destroy)
-	return p, nil
+	undo.push(c.engine.destroy)
+	return streams, nil
 }
 
 // spawn makes the init process, and a handle on it while nobody can have reaped it.
-func (c *container) spawn(p parts, undo *undoStack) (*process, error) {
-	pid, err := c.keeper.children.launch(func() (int, error) {
-		if err := p.lc.Start(p.proc); err != nil {
-			return 0, err
-		}
-		return p.proc.Pid()
+func (c *container) spawn(streams *plumbing, undo *undoStack) (*process, error) {
+	pid, err := c.keeper.children.launch(func() (_ int, err error) {
+		c.child, err = c.engine.create(streams.ends)
+		return c.child.pid, err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("create container: %w", err)
 	}
-	undo.push(func() error {
-		_ = unix.Kill(pid, unix.SIGKILL) // our child, not reaped: the pid is its own
-		c.keeper.children.collect(pid, func() { _, _ = p.proc.Wait() })
-		return nil
+	undo.push(func() (err error) {
+		c.keeper.children.collect(pid, func() { err = c.child.abort() })
+		return err
 	})
 	init, err := openProcess(pid)
 	if err != nil {
@@ -176,7 +156,7 @@ func (c *container) spawn(p parts, undo *undoStack) (*process, error) {
 	return init, nil
 }
 
-// start lets the init process, which waits in its open of a FIFO, execute the container's program.
+// start lets the init process execute the container's program.
 func (c *container) start() (wire.State, error) {
 	c.op.Lock()
 	defer c.op.Unlock()
@@ -190,7 +170,7 @@ func (c *container) start() (wire.State, error) {
 	c.mu.Lock()
 	c.state.StartedAt = time.Now()
 	c.mu.Unlock()
-	if err := c.openFifo(); err != nil {
+	if err := c.engine.start(c.dead); err != nil {
 		err = fmt.Errorf("start container: %w", err)
 		c.mu.Lock()
 		c.state.StartedAt, c.state.Error = time.Time{}, err.Error()
@@ -200,32 +180,6 @@ func (c *container) start() (wire.State, error) {
 	}
 	c.save()
 	return c.snapshot(), nil
-}
-
-// openFifo is what libcontainer's Exec does, without its thread that stays behind in open(2) where the init
-// process has died. Opened for both directions a FIFO never blocks and never ends (fifo(7)); the byte that comes
-// is init's word that it has passed.
-func (c *container) openFifo() error {
-	path := filepath.Join(c.keeper.stateDir(), c.id, "exec.fifo")
-	fifo, err := os.OpenFile(path, os.O_RDWR|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return err
-	}
-	defer fifo.Close()
-	stop := make(chan struct{})
-	defer close(stop)
-	c.keeper.tasks.Go(func() {
-		select {
-		case <-c.dead:
-		case <-stop:
-		}
-		_ = fifo.SetReadDeadline(time.Unix(1, 0)) // closed: the read is over anyway
-	})
-	var passed [1]byte
-	if _, err := fifo.Read(passed[:]); err != nil {
-		return errors.New("its init process is dead")
-	}
-	return os.Remove(path) // libcontainer takes the FIFO's presence for "created"
 }
 
 // save writes the record of the present state. The transition goes on if that fails: the container is what it is.
@@ -244,11 +198,10 @@ func (c *container) watch() {
 	}
 	finished := time.Now()
 	close(c.dead)
-	code := lostExitCode
+	var code int
 	c.keeper.children.collect(c.init.pid, func() {
-		if state, err := c.proc.Wait(); state != nil {
-			code = exitCode(state)
-		} else {
+		var err error
+		if code, err = c.child.collect(); err != nil {
 			c.keeper.log.Error("collect exit status", "container", c.id, "error", err)
 		}
 	})
@@ -289,10 +242,12 @@ func (c *container) kill(req wire.Kill) error {
 		return nil
 	}
 	switch {
+	case req.Signal == syscall.SIGKILL && req.All:
+		return c.killAll()
+	case c.child.signal != nil:
+		return c.child.signal(req.Signal, req.All)
 	case !req.All:
 		return c.init.signal(req.Signal)
-	case req.Signal == syscall.SIGKILL:
-		return c.killAll()
 	}
 	members, err := c.members()
 	if err != nil {
@@ -309,7 +264,7 @@ func (c *container) destroy(ctx context.Context) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	if c.lc == nil {
+	if c.engine == nil {
 		return nil // of an earlier keeper, or never created
 	}
 	// Before op, which the start of an exec may hold: it ends with the container's processes.
@@ -331,7 +286,7 @@ func (c *container) destroy(ctx context.Context) error {
 	c.sessions.Wait()
 	c.stdio.close()
 	c.init.close()
-	return c.lc.Destroy()
+	return c.engine.destroy()
 }
 
 // remove deletes the container: destroy, and the record goes.

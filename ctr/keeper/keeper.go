@@ -41,6 +41,7 @@ type Keeper struct {
 	journal  *journal
 	listener *net.UnixListener
 	tasks    sync.WaitGroup // calls and container watchers
+	help     sync.Map       // what commands of runtime programs say of themselves, see run.takes
 
 	stopped  context.Context // ended by stop: Run is to end
 	stop     context.CancelFunc
@@ -67,9 +68,11 @@ func Open(cfg Config) (*Keeper, error) {
 	if err := os.MkdirAll(k.recordDir(), 0o700); err != nil {
 		return nil, fmt.Errorf("make record directory: %w", err)
 	}
-	// What libcontainer kept was about processes that ended with the earlier keeper's pid namespace.
-	if err := os.RemoveAll(k.stateDir()); err != nil {
-		return nil, fmt.Errorf("remove stale container state: %w", err)
+	// What the engines kept was about processes that ended with the earlier keeper's pid namespace.
+	for _, stale := range []string{k.stateDir(), k.programState(), k.bundleDir()} {
+		if err := os.RemoveAll(stale); err != nil {
+			return nil, fmt.Errorf("remove stale container state: %w", err)
+		}
 	}
 	if err := k.loadRecords(); err != nil {
 		return nil, err

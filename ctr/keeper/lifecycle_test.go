@@ -127,9 +127,9 @@ func TestWhatCannotStartSaysWhyAndLeavesNothing(t *testing.T) {
 		want   string
 	}{
 		"no program":   {func(r *ctr.CreateRequest) { r.Spec.Process.Args = []string{"/bin/nope"} }, `/bin/nope`},
-		"not in PATH":  {func(r *ctr.CreateRequest) { r.Spec.Process.Args = []string{"nope"} }, `executable file not found in $PATH`},
+		"not in PATH":  {func(r *ctr.CreateRequest) { r.Spec.Process.Args = []string{"nope"} }, `not found in $PATH`},
 		"no rootfs":    {func(r *ctr.CreateRequest) { r.Spec.Root.Path = "/nowhere" }, "/nowhere"},
-		"bad mount":    {func(r *ctr.CreateRequest) { r.Spec.Mounts[0].Type = "nofs" }, `error mounting "proc"`},
+		"bad mount":    {func(r *ctr.CreateRequest) { r.Spec.Mounts[0].Type = "nofs" }, "proc"},
 		"no log dir":   {func(r *ctr.CreateRequest) { r.LogPath = "/nowhere/c.log" }, "/nowhere/c.log"},
 		"relative log": {func(r *ctr.CreateRequest) { r.LogPath = "c.log" }, "absolute"},
 		"bad id":       {func(r *ctr.CreateRequest) { r.ID = "../x" }, "id must be"},

@@ -32,6 +32,9 @@ func init() { keeper.Init() }
 const roleEnv = "CORACLE_TEST_ROLE"
 
 func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == sandboxesArg {
+		exitOn(runSandboxes(os.Args[2:]))
+	}
 	switch os.Getenv(roleEnv) {
 	case "keeper":
 		exitOn(runKeeper(os.Args[1]))
@@ -148,10 +151,19 @@ func makeRootfs(root string) error {
 // node is a keeper under test and its client.
 type node struct {
 	*ctr.Client
-	t   *testing.T
-	dir string
-	log *lockedBuffer
-	end func()
+	t       *testing.T
+	dir     string
+	log     *lockedBuffer
+	end     func()
+	runtime *ctr.Runtime // that of its containers; nil is libcontainer
+}
+
+// Create makes a container by the node's runtime, unless the request names one.
+func (n *node) Create(ctx context.Context, r ctr.CreateRequest) (ctr.State, error) {
+	if r.Runtime == nil {
+		r.Runtime = n.runtime
+	}
+	return n.Client.Create(ctx, r)
 }
 
 // newNode starts a keeper; at the end of the test it is stopped, and all must be as it was before.
@@ -191,7 +203,7 @@ func openNode(t *testing.T, dir string, daemon ...string) *node {
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- k.Run(ctx) }()
-	return &node{Client: ctr.NewClient(filepath.Join(dir, keeper.SocketName)), t: t, dir: dir, log: logs,
+	return &node{Client: ctr.NewClient(filepath.Join(dir, keeper.SocketName)), t: t, dir: dir, log: logs, runtime: runtimeOfTests,
 		end: sync.OnceFunc(func() {
 			cancel()
 			if err := <-ended; err != nil {

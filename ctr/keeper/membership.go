@@ -27,7 +27,11 @@ type membership struct {
 	cgroup string
 }
 
-func membershipOf(pid int, spec *specs.Spec) (membership, error) {
+func membershipOf(c child, spec *specs.Spec) (membership, error) {
+	if c.signal != nil {
+		return membership{}, nil // its processes live in a sandbox, which ends them
+	}
+	pid := c.pid
 	m := membership{mountNS: mountNS(pid)}
 	if m.mountNS == "" || m.mountNS == mountNS(os.Getpid()) {
 		return m, errors.New("container has no mount namespace of its own")
@@ -48,6 +52,9 @@ func membershipOf(pid int, spec *specs.Spec) (membership, error) {
 
 // release lets the mount namespace go, and with it the container's mounts.
 func (m *membership) release() {
+	if m.mounts == nil {
+		return
+	}
 	_ = m.mounts.Close() // read only
 	m.mounts = nil
 }

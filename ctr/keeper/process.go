@@ -12,9 +12,10 @@ import (
 // process is a handle on a process that cannot come to mean another one: a pidfd, and the start time for those
 // who know processes by number.
 type process struct {
-	pid   int
-	start uint64
-	pidfd *os.File
+	pid     int
+	start   uint64
+	session int // its kernel session when it was opened; 0 where that is the keeper's own
+	pidfd   *os.File
 }
 
 // openProcess opens a child that nobody has reaped, so that its pid is still its own.
@@ -28,7 +29,11 @@ func openProcess(pid int) (*process, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open pidfd of %d: %w", pid, err)
 	}
-	return &process{pid: pid, start: stat.start, pidfd: os.NewFile(uintptr(fd), "pidfd")}, nil
+	p := &process{pid: pid, start: stat.start, session: stat.session, pidfd: os.NewFile(uintptr(fd), "pidfd")}
+	if own, err := unix.Getsid(0); err != nil || own == p.session {
+		p.session = 0
+	}
+	return p, nil
 }
 
 // await blocks until the process has ended. It parks in the network poller and takes no status.
@@ -69,14 +74,9 @@ func (p *process) signal(sig syscall.Signal) error {
 func (p *process) close() { _ = p.pidfd.Close() } // a pidfd buffers nothing
 
 // exitCode is the code that shells and the CRI use: 128+n for a death by signal n.
-func exitCode(state *os.ProcessState) int {
-	status, ok := state.Sys().(syscall.WaitStatus)
-	switch {
-	case !ok:
-		return lostExitCode
-	case status.Signaled():
+func exitCode(status syscall.WaitStatus) int {
+	if status.Signaled() {
 		return 128 + int(status.Signal())
-	default:
-		return status.ExitStatus()
 	}
+	return status.ExitStatus()
 }

@@ -3,11 +3,9 @@ package keeper
 import (
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"sync"
 
-	"github.com/opencontainers/runc/libcontainer"
 	"golang.org/x/sys/unix"
 
 	"github.com/coracle-cri/coracle/ctr/wire"
@@ -27,51 +25,42 @@ type stdio struct {
 
 // plumbing is what exists between the making of the streams and the start of the process: the container's ends.
 type plumbing struct {
-	stdio   *stdio
-	theirs  []*os.File // the container's ends, closed once it has them
-	console *os.File   // our end of the socket on which libcontainer sends the terminal's master
-	outs    [2]*os.File
+	stdio *stdio
+	ends  ends // closed once the container has them
+	outs  [2]*os.File
 }
 
-// newPlumbing makes the streams and gives the process its ends.
-func newPlumbing(req *wire.Create, p *libcontainer.Process, log *logFile) (_ *plumbing, err error) {
-	pl := &plumbing{stdio: &stdio{log: log, once: req.StdinOnce}}
+// newPlumbing makes the streams.
+func newPlumbing(req *wire.Create, log *logFile) (_ *plumbing, err error) {
+	pl := &plumbing{stdio: &stdio{log: log, once: req.StdinOnce}, ends: ends{tty: req.TTY}}
+	if req.TTY {
+		return pl, nil
+	}
 	defer func() {
 		if err != nil {
 			pl.abandon()
 		}
 	}()
-	if req.TTY {
-		pl.console, p.ConsoleSocket, err = consolePair()
-		pl.theirs = append(pl.theirs, p.ConsoleSocket)
-		return pl, err
-	}
 	if req.Stdin {
-		r, w, err := pipe(theyRead)
-		if err != nil {
+		if pl.ends.stdin, pl.stdio.stdin, err = pipe(theyRead); err != nil {
 			return nil, err
 		}
-		pl.theirs, p.Stdin, pl.stdio.stdin = append(pl.theirs, r), r, w
 	}
-	for i, dst := range []*io.Writer{&p.Stdout, &p.Stderr} {
-		r, w, err := pipe(theyWrite)
-		if err != nil {
-			return nil, err
-		}
-		pl.theirs, pl.outs[i], *dst = append(pl.theirs, w), r, w
+	if pl.outs[0], pl.ends.stdout, err = pipe(theyWrite); err != nil {
+		return nil, err
 	}
+	if pl.outs[1], pl.ends.stderr, err = pipe(theyWrite); err != nil {
+		return nil, err
+	}
+	pl.ends.said = pl.outs[1]
 	return pl, nil
 }
 
-// connect runs after the process has started: it fetches the terminal and starts to copy. It closes the
-// container's ends, whose last holders are then the container's processes.
-func (pl *plumbing) connect(req *wire.Create) (*stdio, error) {
+// connect runs after the process has started: it starts to copy. It closes the container's ends, whose last holders
+// are then the container's processes.
+func (pl *plumbing) connect(req *wire.Create, tty *os.File) *stdio {
 	s := pl.stdio
 	if req.TTY {
-		tty, err := receiveConsole(pl.console)
-		if err != nil {
-			return nil, err
-		}
 		s.tty = tty
 		if req.Stdin {
 			s.stdin = tty
@@ -85,12 +74,13 @@ func (pl *plumbing) connect(req *wire.Create) (*stdio, error) {
 	go s.stdout.run("stdout", s.log) // ends with io.close
 	pl.stdio = nil
 	pl.abandon()
-	return s, nil
+	return s
 }
 
 // abandon closes whatever nobody has taken over.
 func (pl *plumbing) abandon() {
-	wire.CloseFiles(append(pl.theirs, pl.console, pl.outs[0], pl.outs[1]))
+	pl.ends.close()
+	wire.CloseFiles(pl.outs[:])
 	if pl.stdio != nil {
 		wire.CloseFiles([]*os.File{pl.stdio.stdin})
 	}

@@ -150,3 +150,57 @@ func TestOOMKilledReadsTheCgroupsCounter(t *testing.T) {
 		t.Error("an OOM kill without a memory controller")
 	}
 }
+
+func TestTheComplaintOfAProgramIsOneSentence(t *testing.T) {
+	for log, want := range map[string]string{
+		`{"msg":"open executable","level":"error","time":"x"}` + "\n":                                     "open executable",
+		`{"level":"warning","msg":"odd"}{"level":"error","msg":"first"}{"level":"error","msg":" last\n"}`: "last", // gVisor's has no newlines
+		`{"level":"error","msg":"why"}` + "\n" + `{"level":"info","msg":"cleaned up"}` + "\n":             "why",
+		`{"level":"info","msg":"only this"}`:                                                              "only this",
+		"time=x level=error\nthe end of it\n":                                                             "the end of it", // a runtime without JSON
+		`{"level":"error","msg":"cut"}{"level":`:                                                          "cut",
+		"":                                                                                                "",
+	} {
+		if got := lastError([]byte(log)); got != want {
+			t.Errorf("%q: %q, want %q", log, got, want)
+		}
+	}
+	end := errors.New("exit status 1")
+	dir := t.TempDir()
+	log, said := filepath.Join(dir, "log"), filepath.Join(dir, "said")
+	if err := os.WriteFile(said, []byte("usage:\nunknown option --no\n\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Open(said)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if got := complaint(log, f, end); got.Error() != "unknown option --no" {
+		t.Errorf("without a log: %v", got)
+	}
+	if got := complaint(log, nil, end); !errors.Is(got, end) {
+		t.Errorf("without a word: %v", got)
+	}
+	if err := os.WriteFile(log, []byte(`{"level":"error","msg":"why"}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := complaint(log, f, end); got.Error() != "why" {
+		t.Errorf("with a log: %v", got)
+	}
+}
+
+func TestAHelpTextTellsItsOptions(t *testing.T) {
+	crun := "      --cgroup=PATH          sub-cgroup in the container\n  -p, --process=FILE         path\n      --pid-file=FILE\n"
+	runc := "   --process value, -p value  path\n   --cgroup value   run the process in an (existing) sub-cgroup\n   --no-new-keyring   do not\n"
+	runsc := "  -internal-pid-file string\n    \tfilename\n  -pid-file string\n"
+	for _, c := range []struct {
+		help, option string
+		want         bool
+	}{{crun, "--cgroup", true}, {runc, "--cgroup", true}, {runsc, "--cgroup", false}, {runc, "--no-new-keyring", true},
+		{crun, "--no-new-keyring", false}, {runsc, "-internal-pid-file", true}, {crun, "--pid", false}} {
+		if got := knows(c.help, c.option); got != c.want {
+			t.Errorf("%s in %q: %v", c.option, c.help, got)
+		}
+	}
+}

@@ -52,6 +52,18 @@ type Create struct {
 	StdinOnce bool `json:"stdinOnce,omitempty"`
 	// TTY gives the container a terminal, whose other end the keeper holds.
 	TTY bool `json:"tty,omitempty"`
+	// Runtime is the OCI runtime program that makes the container; nil is libcontainer in the keeper.
+	Runtime *Runtime `json:"runtime,omitempty"`
+}
+
+// Runtime names an OCI runtime program. The keeper runs it as Path Args... COMMAND, once for each step.
+type Runtime struct {
+	// Path is absolute.
+	Path string   `json:"path"`
+	Args []string `json:"args,omitempty"`
+	// Sandbox is the id of the container whose processes hold this one, where the program gives it none of its own
+	// (gVisor's sandboxes); "" where it does.
+	Sandbox string `json:"sandbox,omitempty"`
 }
 
 // Kill asks for a signal, to the init process or to every process of the container.
