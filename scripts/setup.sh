@@ -42,8 +42,10 @@ packages() {
 	[ -z "$kube" ] || cat <<-END
 		nftables       nft, by which kube-proxy sets up services
 	END
-	[ -z "$test" ] || cat <<-END
+	[ -z "$test$kube" ] || cat <<-END
 		crun           an OCI runtime: runtime handlers are tested with it
+	END
+	[ -z "$test" ] || cat <<-END
 		debootstrap    builds the test image of a real distribution
 		zstd           packs it
 	END

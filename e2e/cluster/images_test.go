@@ -158,3 +158,29 @@ func TestLogRotation(t *testing.T) {
 		return nil
 	})
 }
+
+// TestRuntimeClass: a pod of the class that scripts/cluster has made for the node's other handler runs by it.
+func TestRuntimeClass(t *testing.T) {
+	t.Parallel()
+	s := newSpace(t)
+	s.apply(pod("by-crun", "echo started; sleep 1000", "  runtimeClassName: crun"))
+	s.ready("by-crun")
+	want(t, s.exec("by-crun", "echo executed"), "executed")
+	want(t, s.kubectl("logs", "by-crun"), "started")
+	pods, err := the.crictl("pods", "--name", "by-crun")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want(t, pods, "crun")
+	// A class whose handler the node has not is refused in words.
+	s.apply("{apiVersion: node.k8s.io/v1, kind: RuntimeClass, metadata: {name: nobody-has}, handler: nobody-has}")
+	t.Cleanup(func() { kubectl(t, "delete", "runtimeclass", "nobody-has") })
+	s.apply(pod("by-nobody", "sleep 1000", "  runtimeClassName: nobody-has"))
+	s.eventually("the refusal is told", func() error {
+		out := s.kubectl("get", "events", "--field-selector", "involvedObject.name=by-nobody", "-o", "jsonpath={.items[*].message}")
+		if !strings.Contains(out, "nobody-has") || !strings.Contains(out, "handler") {
+			return fmt.Errorf("events: %s", out)
+		}
+		return nil
+	})
+}

@@ -163,7 +163,7 @@ func (c *cluster) up() error {
 }
 
 // coracleSettings give the node the second runtime.
-const coracleSettings = "{}\n"
+const coracleSettings = "handlers: {crun: {path: crun}}\n"
 
 // down ends the cluster and looks for what it has left.
 func (c *cluster) down() error {

@@ -54,6 +54,7 @@ func TestRestarts(t *testing.T) {
 	s.ready("client")
 	nodePort := s.get("service/web", "{.spec.ports[0].nodePort}")
 	s.answers(nodePort, "one", 8)
+	asked := s.askAllTheWhile(nodePort)
 	before := s.identities()
 	if n := strings.Count(before, "coracle://"); n != 9 {
 		t.Fatalf("containers:\n%s", before)
@@ -113,7 +114,49 @@ func TestRestarts(t *testing.T) {
 			}
 		}
 	}
+	asked()
 	s.answers(nodePort, "one", 8)
+}
+
+// askAllTheWhile asks a port of the host again and again, until the returned function is called: that fails the test
+// where an answer was missed.
+func (s *space) askAllTheWhile(port string) (stop func()) {
+	var (
+		end    = make(chan struct{})
+		ended  = make(chan struct{})
+		asked  int
+		missed []error
+	)
+	go func() {
+		defer close(ended)
+		for {
+			select {
+			case <-end:
+				return
+			case <-time.After(50 * time.Millisecond):
+			}
+			asked++
+			if _, err := fetch(port); err != nil {
+				missed = append(missed, fmt.Errorf("%s: %w", time.Now().Format(time.TimeOnly), err))
+			}
+		}
+	}()
+	s.t.Cleanup(func() { // where the test fails before
+		select {
+		case <-end:
+		default:
+			close(end)
+		}
+		<-ended
+	})
+	return func() {
+		s.t.Helper()
+		close(end)
+		<-ended
+		if len(missed) > 0 {
+			s.t.Errorf("%d of %d requests had no answer: %v", len(missed), asked, missed[0])
+		}
+	}
 }
 
 // TestZEviction comes last: the kubelet, told that it wants more room for images than there is, says so in the node's
