@@ -98,6 +98,9 @@ func grpcError(err error) error {
 	if err == nil {
 		return nil
 	}
+	if ended, ok := status.FromError(err); ok {
+		return ended.Err() // what the server gave a stream's context for the cause of its end
+	}
 	text := err.Error()
 	if volume := (imageVolumeError{}); errors.As(err, &volume) {
 		// The kubelet tells these failures by how the message begins (k8s.io/cri-api/pkg/errors).

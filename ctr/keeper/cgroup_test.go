@@ -78,6 +78,7 @@ func TestAnExecHasACgroupOfItsOwn(t *testing.T) {
 	if code := n.execCode("c1", "/bin/sh", "-c", "(setsid sleep 1803 &)"); code != 0 {
 		t.Errorf("exit %d", code)
 	}
+	eventually(t, "the background process runs", func() bool { return running("sleep 1803") > 0 })
 	time.Sleep(20 * time.Millisecond)
 	if running("sleep 1803") == 0 {
 		t.Error("the background process is gone")

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -35,6 +36,7 @@ type container struct {
 	stdio  *stdio
 	member membership
 
+	doomed   atomic.Bool    // every process has been, or is about to be, killed by the keeper
 	op       sync.RWMutex   // one operation at a time; the start of an exec is a reader
 	sessions sync.WaitGroup // execs that run
 

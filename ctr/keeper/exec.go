@@ -65,8 +65,12 @@ func (c *container) exec(req *wire.Exec, streams stdStreams) (_ *session, tty *o
 }
 
 // dies tells whether the container's init process is dead within limit. When a pid namespace ends, the kernel kills
-// all others in it before it lets the init process be seen as dead.
+// all others in it before it lets the init process be seen as dead, and waits until they are reaped. So where the keeper
+// itself has killed it, there is no hurry.
 func (c *container) dies(limit time.Duration) bool {
+	if limit > 0 && c.doomed.Load() {
+		limit = killTimeout
+	}
 	timer := time.NewTimer(limit)
 	defer timer.Stop()
 	select {

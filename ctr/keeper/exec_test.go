@@ -141,7 +141,7 @@ func TestExecHasATerminalThatResizes(t *testing.T) {
 	ctx := context.Background()
 	n.idle("c1")
 	// crun sets the size while the process may run already.
-	p := process("/bin/sh", "-c", `i=0; while [ "$(stty size)" = "0 0" ] && [ $i -lt 500 ]; do i=$((i+1)); sleep 0.01; done
+	p := process("/bin/sh", "-c", `i=0; until [ -n "$(stty size 2>/dev/null)" ] || [ $i -ge 500 ]; do i=$((i+1)); sleep 0.01; done
 		stty size; tty; read line; stty size; echo got $line; exit 5`)
 	p.ConsoleSize = &specs.Box{Width: 80, Height: 24}
 	s, err := n.Exec(ctx, ctr.ExecRequest{ContainerID: "c1", Process: p, TTY: true})
@@ -236,6 +236,7 @@ func TestWhatAnExecLeavesInTheBackgroundGoesOn(t *testing.T) {
 	if code := n.execCode("c1", "/bin/sh", "-c", "sleep 1601 &"); code != 0 {
 		t.Fatalf("exit %d", code)
 	}
+	eventually(t, "the background process runs", func() bool { return running("sleep 1601") > 0 })
 	time.Sleep(50 * time.Millisecond)
 	if running("sleep 1601") == 0 {
 		t.Error("the background process is gone")

@@ -15,6 +15,7 @@ import (
 // killAll kills every process of the container that the kernel can be told of at once: by its cgroup, or by the
 // init of its own pid namespace. Where there is neither, what the walk finds is killed.
 func (c *container) killAll() error {
+	c.doomed.Store(true)
 	if c.child.signal != nil {
 		return c.child.signal(unix.SIGKILL, true)
 	}

@@ -13,6 +13,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/opencontainers/cgroups"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/coracle-cri/coracle/ctr/wire"
@@ -33,6 +34,7 @@ type program struct {
 	id      string
 	bundle  string
 	member  *sandboxed // nil for a container with processes of its own
+	cgroup  string     // the directory that the program is told to make; "" where there is none
 	// resources are those in force; container.op guards them.
 	resources *specs.LinuxResources
 }
@@ -55,6 +57,8 @@ func newProgram(k *Keeper, id string, req *wire.Create) (_ *program, err error) 
 		linux.CgroupsPath = filepath.Join("/", linux.CgroupsPath)
 		if p.member != nil {
 			linux.CgroupsPath = "" // its processes are in the sandbox's cgroup
+		} else if cgroups.IsCgroup2UnifiedMode() {
+			p.cgroup = filepath.Join(cgroupRoot, linux.CgroupsPath)
 		}
 		spec.Linux = &linux
 	}
@@ -224,9 +228,12 @@ func (p *program) destroy() error {
 	r.args = append(r.args, "--force", p.id)
 	err := r.do(context.Background(), ends{})
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
-		// The program has gone. No process is left; its state is, and a cgroup, which goes with the pod's.
+		// The program has gone. No process is left; its state is.
 		p.keeper.log.Warn("container is taken away without its runtime", "container", p.id, "error", err)
 		err = os.RemoveAll(filepath.Join(p.keeper.programState(), p.id))
+	}
+	if err == nil && p.cgroup != "" {
+		err = cgroups.RemovePath(p.cgroup) // what a program that was killed does not know any more
 	}
 	if err != nil {
 		return err

@@ -120,7 +120,11 @@ func TestAContainerOutlivesItsRuntimesProgram(t *testing.T) {
 	if err := os.WriteFile(path, program, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	n.create("c1", sh("exit 5"), func(r *ctr.CreateRequest) { r.Runtime = &ctr.Runtime{Path: path} })
+	spec := sh("exit 5")
+	if cgroups {
+		inCgroup(spec, "/gone")
+	}
+	n.create("c1", spec, func(r *ctr.CreateRequest) { r.Runtime = &ctr.Runtime{Path: path} })
 	n.start("c1")
 	if s := n.exit("c1"); s.ExitCode != 5 {
 		t.Errorf("exit %+v", s)
@@ -133,8 +137,5 @@ func TestAContainerOutlivesItsRuntimesProgram(t *testing.T) {
 		if left, _ := filepath.Glob(filepath.Join(n.dir, "keeper", dir, "*")); len(left) != 0 {
 			t.Errorf("left %v", left)
 		}
-	}
-	if cgroups {
-		_ = os.Remove("/sys/fs/cgroup/c1") // on a node it goes with the pod's
 	}
 }

@@ -190,19 +190,23 @@ func complaint(log string, said *os.File, end error) error {
 }
 
 // lastError reads a log of JSON objects, with or without newlines between them (gVisor's): the last message of level
-// error, else the last of all. A log that is no JSON is its last line.
+// error, else the last of all. What is no JSON is a message by itself.
 func lastError(raw []byte) string {
 	var last, lastAny string
-	for d := json.NewDecoder(bytes.NewReader(raw)); ; {
-		var entry struct{ Msg, Level string }
-		if err := d.Decode(&entry); err != nil {
-			if lastAny == "" && !errors.Is(err, io.EOF) {
-				return lastLine(raw)
+	for line := range bytes.Lines(raw) {
+		for d := json.NewDecoder(bytes.NewReader(line)); ; {
+			var entry struct{ Msg, Level string }
+			err := d.Decode(&entry)
+			if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+				break
 			}
-			break
-		}
-		if lastAny = entry.Msg; entry.Level == "error" || entry.Level == "fatal" {
-			last = entry.Msg
+			if err != nil {
+				lastAny = string(line)
+				break
+			}
+			if lastAny = entry.Msg; entry.Level == "error" || entry.Level == "fatal" {
+				last = entry.Msg
+			}
 		}
 	}
 	if last == "" {

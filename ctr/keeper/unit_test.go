@@ -158,6 +158,7 @@ func TestTheComplaintOfAProgramIsOneSentence(t *testing.T) {
 		`{"level":"error","msg":"why"}` + "\n" + `{"level":"info","msg":"cleaned up"}` + "\n":             "why",
 		`{"level":"info","msg":"only this"}`:                                                              "only this",
 		"time=x level=error\nthe end of it\n":                                                             "the end of it", // a runtime without JSON
+		"odd\n" + `{"level":"error","msg":"in between"}` + "\nend\n":                                      "in between",
 		`{"level":"error","msg":"cut"}{"level":`:                                                          "cut",
 		"":                                                                                                "",
 	} {
