@@ -81,6 +81,7 @@ func TestRestarts(t *testing.T) {
 		},
 	}
 	for _, what := range []string{"kubelet", "daemon", "kube-proxy", "kube-apiserver", "etcd"} {
+		t.Logf("%s: %s ends", time.Now().Format(time.TimeOnly), what)
 		restart[what]()
 		s.eventually("the API server answers after the restart of "+what, func() error { _, err := s.try("get", "pods"); return err })
 		since := time.Now()
@@ -154,7 +155,7 @@ func (s *space) askAllTheWhile(port string) (stop func()) {
 		close(end)
 		<-ended
 		if len(missed) > 0 {
-			s.t.Errorf("%d of %d requests had no answer: %v", len(missed), asked, missed[0])
+			s.t.Errorf("%d of %d requests had no answer: %v", len(missed), asked, missed)
 		}
 	}
 }

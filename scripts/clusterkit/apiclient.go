@@ -71,11 +71,15 @@ func newAPIClient(path string) (*apiClient, error) {
 const callTimeout = 10 * time.Second
 
 func (a *apiClient) do(ctx context.Context, method, path string, body any) (*http.Response, error) {
-	raw, err := json.Marshal(body)
-	if err != nil {
-		return nil, err
+	var content io.Reader
+	if body != nil {
+		raw, err := json.Marshal(body)
+		if err != nil {
+			return nil, err
+		}
+		content = bytes.NewReader(raw)
 	}
-	req, err := http.NewRequestWithContext(ctx, method, a.server+path, bytes.NewReader(raw))
+	req, err := http.NewRequestWithContext(ctx, method, a.server+path, content)
 	if err != nil {
 		return nil, err
 	}
