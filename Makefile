@@ -14,8 +14,17 @@ LEAN := no_gvisortapvsock no_vpnkit no_lxcusernic
 # libcontainer with seccomp, by libseccomp; without checkpoint and restore, which the kernel does not grant here.
 KEEPER := seccomp runc_nocriu
 
+# The modes of the test VM (scripts/vm.sh), and the end-to-end tests that ask for what it has.
+MODES   ?= full memory plain service
+VMTESTS := ^(TestDelegation|TestLimit[A-Z]|TestOOM)
+
+# What every run in the VM takes along.
+INVM     = --with bin --with $(CRICTL) --with $(CACHE)/vm/e2e.test --env CORACLE_E2E=/payload/bin --env CORACLE_E2E_CRICTL=/payload/crictl
+# Specs of critest that ask the kernel for what only the VM has, and their neighbours.
+FOCUS   ?= OOM|[Rr]esource|stats|metrics|[Ss]ysctl|Security|[Nn]etwork|[Pp]ort|DNS
+
 # The packages with fuzz targets.
-FUZZED  := ./pod ./images
+FUZZED  := ./pod ./images ./netslirp ./cgroupv2
 COVERED  = $(shell $(GO) list ./... | grep -v -x 'github.com/coracle-cri/coracle/e2e')
 CACHE   := .cache
 CRICTL  := $(CACHE)/bin/crictl
@@ -35,7 +44,7 @@ export GOFLAGS  := -buildvcs=false
 MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
-.PHONY: help build build-race install demo demo-here test test-here test-unit lint e2e critest critest-here fuzz fuzz-here \
+.PHONY: help build build-race install demo demo-here test test-here test-unit lint e2e e2e-vm e2e-vm-here critest-vm critest-vm-here critest critest-here fuzz fuzz-here \
 	bench bench-here fmt clean
 
 help: ## list the targets
@@ -79,6 +88,31 @@ lint: $(LINTER) ## go vet and golangci-lint, at a pinned version
 e2e: build $(CRICTL) ## end-to-end tests, as the calling user (not root); RUN=TestName for some
 	@CORACLE_E2E=$(CURDIR)/bin CORACLE_E2E_CRICTL=$(CURDIR)/$(CRICTL) $(GO) test -v -count=1 -timeout 60m -run '$(RUN)' ./e2e
 
+e2e-vm: ## the tests of limits and delegation in a VM that has all of cgroup v2, in each of its modes; MODES="full memory"
+	@scripts/setup.sh --vm
+	@scripts/as-user.sh make e2e-vm-here RUN='$(RUN)' MODES='$(MODES)'
+
+# Every test binary is built here: the VM has no compiler, and computes 14 times slower where it is emulated.
+e2e-vm-here: build $(CRICTL)
+	@mkdir -p $(CACHE)/vm
+	@$(GO) test -c -o $(CACHE)/vm/e2e.test ./e2e
+	@for mode in $(MODES); do \
+		echo "== $$mode"; \
+		scripts/vm.sh --mode $$mode $(INVM) --log $(CACHE)/vm/log-$$mode --env CORACLE_E2E_VM=$$mode \
+			-- /payload/e2e.test -test.v -test.timeout 60m -test.run '$(if $(filter .,$(RUN)),$(VMTESTS),$(RUN))' || exit 1; \
+	done
+
+critest-vm: ## critest's specs of resources, OOM, stats, sysctls, security and networking in the VM; FOCUS='' for all
+	@scripts/setup.sh --vm
+	@scripts/as-user.sh make critest-vm-here FOCUS='$(FOCUS)'
+
+critest-vm-here: build $(CRICTL) $(CRITEST) $(GINKGO) $(GUEST)
+	@mkdir -p $(CACHE)/vm
+	@$(GO) test -c -o $(CACHE)/vm/e2e.test ./e2e
+	@scripts/vm.sh $(INVM) --with $(CRITEST) --with $(GINKGO) --with $(GUEST) --log $(CACHE)/vm/log-critest --timeout 7000 --env CORACLE_E2E_VM=full \
+		--env CORACLE_E2E_CRITEST=/payload --env CORACLE_E2E_CRITEST_REPORT=/var/log/vm --env CORACLE_E2E_CRITEST_FOCUS='$(FOCUS)' \
+		-- /payload/e2e.test -test.v -test.timeout 120m -test.run '^TestCritest$$'
+
 critest: ## critest 1.36 against a node, as an ordinary user; RACE=1 for the race detector
 	@scripts/setup.sh --demo
 	@scripts/as-user.sh make critest-here RACE=$(RACE)
@@ -101,15 +135,19 @@ fuzz: ## fuzz every target for FUZZTIME each (a minute), as an ordinary user; RU
 	@scripts/setup.sh --demo
 	@scripts/as-user.sh make fuzz-here RUN='$(RUN)' FUZZTIME=$(FUZZTIME)
 
-# The go command takes one target of one package at a time.
+# The go command takes one target of one package at a time. A package that cannot be built is a failure, and so is a run
+# without a target.
 fuzz-here:
 	@mkdir -p $(GOTMPDIR)
-	@for package in $(FUZZED); do \
-		for target in $$($(GO) test -tags "$(LEAN) $(KEEPER)" -list '^Fuzz' $$package | grep '^Fuzz' | grep -E '$(RUN)'); do \
+	@ran=0; for package in $(FUZZED); do \
+		targets=$$($(GO) test -tags "$(LEAN) $(KEEPER)" -list '^Fuzz' $$package) || { echo "$$targets"; exit 1; }; \
+		for target in $$(echo "$$targets" | grep '^Fuzz' | grep -E '$(RUN)'); do \
 			echo "== $$package $$target"; \
 			$(GO) test -tags "$(LEAN) $(KEEPER)" -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) $$package || exit 1; \
+			ran=$$((ran + 1)); \
 		done; \
-	done
+	done; \
+	[ $$ran -gt 0 ] || { echo "no fuzz target of $(FUZZED) has a name with $(RUN)" >&2; exit 1; }
 
 bench: ## medians of the CRI's calls on a node of its own
 	@scripts/setup.sh --demo

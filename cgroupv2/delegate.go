@@ -20,10 +20,15 @@ type Delegation struct {
 	Sentence string
 	// Hint says what to run to get the rest; "" where nothing is missing.
 	Hint string
+	// Attempts tells of each place that was tried, in order, and what came of it.
+	Attempts []string
+	// Scope: the user's systemd can make a scope that gives this; it does when Obtain is called, and Path is "" before.
+	Scope bool
 }
 
 // Find looks, from outside the namespaces, for the cgroup v2 subtree delegated to this user: in the cgroup of
-// this process and in those above it. The boundary of a delegation is where the directory, cgroup.procs and
+// this process and in those above it; then, where that does not give everything, whether the systemd of the user's
+// session can make a scope that gives more. The boundary of a delegation is where the directory, cgroup.procs and
 // cgroup.subtree_control are writable (the kernel's cgroup-v2.rst, "Delegation"). It changes nothing. An error
 // means that /proc could not be read; that nothing is delegated is an answer, not an error.
 func Find() (Delegation, error) { return thisHost().find() }
@@ -34,13 +39,39 @@ func (h host) find() (Delegation, error) {
 		return Delegation{}, fmt.Errorf("find cgroup: %w", err)
 	}
 	if sentence, hint := h.unreachable(pl); sentence != "" {
-		return Delegation{Sentence: sentence, Hint: hint}, nil
+		return Delegation{Sentence: sentence, Hint: hint, Attempts: []string{"cgroup v2 tree: " + sentence}}, nil
 	}
+	own, err := h.findOwn(pl)
+	if err != nil {
+		return Delegation{}, fmt.Errorf("find cgroup: %w", err)
+	}
+	own.Attempts = []string{"subtree of this process: " + own.Sentence}
+	if len(lacking(own.Controllers)) == 0 {
+		own.Attempts = append(own.Attempts, "scope of the user's systemd: not asked for, since nothing is missing")
+		return own, nil
+	}
+	group, controllers, err := h.offer(pl)
+	switch {
+	case err != nil:
+		own.Attempts = append(own.Attempts, "scope of the user's systemd: "+oneLine(err))
+		return own, nil
+	case own.Path != "" && len(lacking(controllers)) >= len(lacking(own.Controllers)):
+		own.Attempts = append(own.Attempts, fmt.Sprintf("scope of the user's systemd: gives no more (%s)", words(controllers)))
+		return own, nil
+	}
+	sentence := fmt.Sprintf("the user's systemd can make a scope below %s with controllers %s", pl.dir(group), words(controllers))
+	return Delegation{Controllers: controllers, Sentence: sentence, Scope: true,
+		Hint:     joinHints(h.askForControllers(pl, group, lacking(controllers)), h.linger()),
+		Attempts: append(own.Attempts, "scope of the user's systemd: "+sentence)}, nil
+}
+
+// findOwn looks at the cgroup of this process and those above it.
+func (h host) findOwn(pl place) (Delegation, error) {
 	var best spot
 	for _, p := range candidates(pl.own) {
 		s, ok, err := h.look(pl, p)
 		if err != nil {
-			return Delegation{}, fmt.Errorf("find cgroup: %w", err)
+			return Delegation{}, err
 		}
 		// The one that gives most controllers; of equals the nearest, which has the least to do with others.
 		if ok && (best.path == "" || len(s.usable()) > len(best.usable())) {
@@ -55,6 +86,21 @@ func (h host) find() (Delegation, error) {
 	}
 	return h.describe(pl, best), nil
 }
+
+// lacking lists what the CRI's resources need and controllers has not.
+func lacking(controllers []string) []string {
+	return slices.DeleteFunc(slices.Clone(wanted), func(c string) bool { return slices.Contains(controllers, c) })
+}
+
+// words names controllers for people.
+func words(controllers []string) string {
+	if len(controllers) == 0 {
+		return "none"
+	}
+	return strings.Join(controllers, " ")
+}
+
+func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }
 
 // unreachable says why no cgroup v2 tree can be used at all; "" where one may be.
 func (h host) unreachable(pl place) (sentence, hint string) {
@@ -134,8 +180,7 @@ func (h host) describe(pl place, s spot) Delegation {
 		hints = append(hints, fmt.Sprintf("%s holds other processes (%s), and the kernel enables controllers (here %s) only where there are none: %s",
 			d.Path, pidList(s.strangers), strings.Join(s.controllers, " "), h.emptyIt(d.Path, s.path)))
 	}
-	missing := slices.DeleteFunc(slices.Clone(wanted), func(c string) bool { return slices.Contains(s.controllers, c) })
-	if hint := h.askForControllers(pl, s.path, missing); hint != "" {
+	if hint := h.askForControllers(pl, s.path, lacking(s.controllers)); hint != "" {
 		hints = append(hints, hint)
 	}
 	d.Hint = strings.Join(hints, "; ")
@@ -160,20 +205,32 @@ func pidList(pids []int) string {
 // underSystemd tells whether systemd runs this machine (sd_booted(3)).
 func (h host) underSystemd() bool { return h.group("/run/systemd/system").exists() }
 
-const ownScope = "systemd-run --user --scope -p Delegate=yes -- coracle up"
-
 // emptyIt says how to get the processes of others out of a subtree that is ours.
 func (h host) emptyIt(dir, rel string) string {
 	if h.underSystemd() && slices.ContainsFunc(strings.Split(rel, "/"), isUnit) {
-		return "start the node in a scope of its own with `" + ownScope + "`"
+		return h.askSystemd()
 	}
 	return fmt.Sprintf("put them into a leaf with `mkdir -p %[1]s/shell && for p in $(cat %[1]s/cgroup.procs); do echo $p > %[1]s/shell/cgroup.procs; done 2>/dev/null` and start the node again", dir)
+}
+
+// askSystemd says how to get a subtree from systemd where the user's own was not to be had, or gave no more: have it
+// started, so that the next start asks it, or have root start the node in a unit that delegates.
+func (h host) askSystemd() string {
+	user := h.user
+	if user == "" {
+		user = fmt.Sprint(h.uid)
+	}
+	asRoot := fmt.Sprintf("sudo systemd-run --uid=%s -p Delegate=yes -E HOME=\"$HOME\" -E PATH=\"$PATH\" -E XDG_RUNTIME_DIR=\"$XDG_RUNTIME_DIR\" -- \"$(command -v coracle)\" up", user)
+	if h.group(fmt.Sprintf("/run/user/%d/systemd", h.uid)).exists() {
+		return fmt.Sprintf("give the user's systemd a bus (Debian: `sudo apt-get install dbus-user-session`, and log in again), or have root start the node in a unit that delegates: `%s`", asRoot)
+	}
+	return fmt.Sprintf("start a systemd of this user's with `sudo loginctl enable-linger %s` and start the node again, or have root start the node in a unit that delegates: `%s`", user, asRoot)
 }
 
 // askForSubtree says how to get a subtree where nothing is delegated.
 func (h host) askForSubtree(pl place) string {
 	if h.underSystemd() {
-		return "start the node in a scope of its own with `" + ownScope + "`"
+		return h.askSystemd()
 	}
 	// The shell goes into a leaf, so that its parent has no process and can enable controllers.
 	dir := pl.dir(fmt.Sprintf("/coracle-%d", h.uid))

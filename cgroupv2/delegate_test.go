@@ -33,7 +33,7 @@ const (
 		"41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw\n"
 	mountV1  = "35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory\n"
 	v1Groups = "6:blkio:/\n5:pids:/\n4:memory:/\n3:cpuset:/\n2:cpu,cpuacct:/\n1:name=systemd:/\n"
-	user     = "/sys/fs/cgroup/user.slice/user-1000.slice/user@1000.service"
+	userDir  = "/sys/fs/cgroup/user.slice/user-1000.slice/user@1000.service"
 	all      = "cpuset cpu io memory hugetlb pids rdma misc"
 	testPid  = 4242
 )
@@ -100,22 +100,22 @@ func TestFind(t *testing.T) {
 			machine: machine{mountinfo: mountV2, own: "0::/user.slice/user-1000.slice/user@1000.service/app.slice/run-r1.scope\n",
 				files: map[string]string{"/run/systemd/system/": ""},
 				groups: map[string]cgroup{
-					"/sys/fs/cgroup":                 {controllers: all},
-					user:                             {controllers: "cpuset cpu io memory pids", ours: true},
-					user + "/app.slice":              {controllers: "cpuset cpu io memory pids", ours: true},
-					user + "/app.slice/run-r1.scope": {controllers: "cpuset cpu io memory pids", procs: "4242\n", ours: true},
+					"/sys/fs/cgroup":                    {controllers: all},
+					userDir:                             {controllers: "cpuset cpu io memory pids", ours: true},
+					userDir + "/app.slice":              {controllers: "cpuset cpu io memory pids", ours: true},
+					userDir + "/app.slice/run-r1.scope": {controllers: "cpuset cpu io memory pids", procs: "4242\n", ours: true},
 				}},
-			path: user + "/app.slice/run-r1.scope", controllers: "cpuset cpu io memory pids",
+			path: userDir + "/app.slice/run-r1.scope", controllers: "cpuset cpu io memory pids",
 			sentence: []string{"run-r1.scope", "with controllers cpuset cpu"},
 		},
 		"systemd, only memory and pids delegated": {
 			machine: machine{mountinfo: mountV2, own: "0::/user.slice/user-1000.slice/user@1000.service/app.slice/run-r1.scope\n",
 				files: map[string]string{"/run/systemd/system/": ""},
 				groups: map[string]cgroup{
-					"/sys/fs/cgroup":                 {controllers: all},
-					user + "/app.slice/run-r1.scope": {controllers: "memory pids", procs: "4242\n", ours: true},
+					"/sys/fs/cgroup":                    {controllers: all},
+					userDir + "/app.slice/run-r1.scope": {controllers: "memory pids", procs: "4242\n", ours: true},
 				}},
-			path: user + "/app.slice/run-r1.scope", controllers: "memory pids",
+			path: userDir + "/app.slice/run-r1.scope", controllers: "memory pids",
 			sentence: []string{"memory pids"},
 			hint:     []string{"cpu cpuset io: not delegated", "Delegate=cpu cpuset io memory pids", "daemon-reload"},
 		},
@@ -123,24 +123,24 @@ func TestFind(t *testing.T) {
 			machine: machine{mountinfo: mountV2, own: "0::/user.slice/user-1000.slice/user@1000.service/app.slice/run-r1.scope\n",
 				files: map[string]string{"/run/systemd/system/": ""},
 				groups: map[string]cgroup{
-					"/sys/fs/cgroup":                 {controllers: all},
-					user + "/app.slice/run-r1.scope": {controllers: "cpuset cpu io memory pids", procs: "4200\n4242\n", ours: true},
+					"/sys/fs/cgroup":                    {controllers: all},
+					userDir + "/app.slice/run-r1.scope": {controllers: "cpuset cpu io memory pids", procs: "4200\n4242\n", ours: true},
 				}},
 			starter: 4200,
-			path:    user + "/app.slice/run-r1.scope", controllers: "cpuset cpu io memory pids",
+			path:    userDir + "/app.slice/run-r1.scope", controllers: "cpuset cpu io memory pids",
 			sentence: []string{"with controllers"},
 		},
 		"systemd, terminal's scope with a shell": {
 			machine: machine{mountinfo: mountV2, own: "0::/user.slice/user-1000.slice/user@1000.service/app.slice/vte.scope\n",
 				files: map[string]string{"/run/systemd/system/": ""},
 				groups: map[string]cgroup{
-					"/sys/fs/cgroup":              {controllers: all},
-					user + "/app.slice":           {controllers: "cpuset cpu io memory pids", ours: true}, // systemd's, not ours to change
-					user + "/app.slice/vte.scope": {controllers: "cpuset cpu io memory pids", procs: "77\n4242\n", ours: true},
+					"/sys/fs/cgroup":                 {controllers: all},
+					userDir + "/app.slice":           {controllers: "cpuset cpu io memory pids", ours: true}, // systemd's, not ours to change
+					userDir + "/app.slice/vte.scope": {controllers: "cpuset cpu io memory pids", procs: "77\n4242\n", ours: true},
 				}},
-			path:     user + "/app.slice/vte.scope",
+			path:     userDir + "/app.slice/vte.scope",
 			sentence: []string{"without controllers", "killing work"},
-			hint:     []string{"holds other processes (pid 77)", "only where there are none", "systemd-run --user --scope -p Delegate=yes -- coracle up"},
+			hint:     []string{"holds other processes (pid 77)", "only where there are none", "sudo systemd-run --uid=1000 -p Delegate=yes"},
 		},
 		"systemd, ssh session": {
 			machine: machine{mountinfo: mountV2, own: "0::/user.slice/user-1000.slice/session-1.scope\n",
@@ -150,7 +150,7 @@ func TestFind(t *testing.T) {
 					"/sys/fs/cgroup/user.slice/user-1000.slice/session-1.scope": {controllers: "memory pids", procs: "4242\n"},
 				}},
 			sentence: []string{"uid 1000 may not write", "session-1.scope"},
-			hint:     []string{"systemd-run --user --scope -p Delegate=yes"},
+			hint:     []string{"sudo systemd-run --uid=1000 -p Delegate=yes"},
 		},
 		"systemd unit with DelegateSubgroup": {
 			machine: machine{mountinfo: mountV2, own: "0::/system.slice/ci.service/runner\n",

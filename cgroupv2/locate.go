@@ -1,8 +1,10 @@
 package cgroupv2
 
 import (
+	"context"
 	"fmt"
 	"os"
+	"os/user"
 	"path"
 	"path/filepath"
 	"slices"
@@ -19,10 +21,15 @@ type host struct {
 	uid      int
 	starter  int // the pid of the parent where it is this very program (`up --detach`), else 0
 	writable func(path string) error
+	user     string                                 // the name of uid, "" where it has none
+	dial     func(context.Context) (manager, error) // the user's systemd; nil where it is not to be asked
 }
 
 func thisHost() host {
-	h := host{pid: os.Getpid(), uid: os.Geteuid(), writable: mayWrite}
+	h := host{pid: os.Getpid(), uid: os.Geteuid(), writable: mayWrite, dial: dialUserSystemd}
+	if u, err := user.LookupId(strconv.Itoa(h.uid)); err == nil {
+		h.user = u.Username
+	}
 	if parent := os.Getppid(); sameProgram(parent) {
 		h.starter = parent
 	}

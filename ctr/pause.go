@@ -96,9 +96,11 @@ func PauseSpec(req PauseRequest) (*specs.Spec, error) {
 	if err != nil {
 		return nil, err
 	}
-	profile, err := appArmor(req.Pod.GetLinux().GetSecurityContext().GetApparmor(), "", req.Host)
-	if err != nil {
-		return nil, err
+	profile := ""
+	if security := req.Pod.GetLinux().GetSecurityContext(); !security.GetPrivileged() { // "AppArmor confinement is not applied"
+		if profile, err = appArmor(security.GetApparmor(), "", req.Host); err != nil {
+			return nil, err
+		}
 	}
 	spec := &specs.Spec{
 		Version: specs.Version,

@@ -179,4 +179,8 @@ func TestCheckSandbox(t *testing.T) {
 	if spec, err := PauseSpec(req); err != nil || spec.Process.ApparmorProfile != "mine" {
 		t.Errorf("pause: %+v, %v; want the profile of the sandbox", spec, err)
 	}
+	req.Host.AppArmor, req.Pod.Linux.SecurityContext.Privileged = false, true
+	if spec, err := PauseSpec(req); err != nil || spec.Process.ApparmorProfile != "" {
+		t.Errorf("pause of a privileged sandbox: %+v, %v; want no profile", spec, err)
+	}
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os/exec"
+	"slices"
 	"strings"
 	"time"
 
@@ -19,8 +20,10 @@ type RuntimeFacts struct {
 	Version string `json:"version"`
 	// MountOptions are those that it knows, by its command "features"; none where it has no such command.
 	MountOptions []string `json:"mountOptions,omitempty"`
-	// NoSeccomp: its features say that it was built without.
-	NoSeccomp bool `json:"noSeccomp,omitempty"`
+	// Seccomp and AppArmor: it says that it applies such profiles, in its features or, as crun does, in its version. One
+	// that says nothing may leave them out in silence.
+	Seccomp  bool `json:"seccomp,omitempty"`
+	AppArmor bool `json:"appArmor,omitempty"`
 }
 
 // runtimeTimeout bounds one question to a runtime program.
@@ -37,7 +40,8 @@ func AskRuntime(ctx context.Context, path string, args []string) (RuntimeFacts, 
 	if err != nil {
 		return RuntimeFacts{}, fmt.Errorf("ask %s for its version: %w", path, err)
 	}
-	facts := RuntimeFacts{Version: line}
+	words := strings.Fields(string(out))
+	facts := RuntimeFacts{Version: line, Seccomp: slices.Contains(words, "+SECCOMP"), AppArmor: slices.Contains(words, "+APPARMOR")}
 	if out, err = ask(ctx, path, args, "features"); err != nil {
 		return facts, nil
 	}
@@ -46,8 +50,12 @@ func AskRuntime(ctx context.Context, path string, args []string) (RuntimeFacts, 
 		return facts, nil // another command of that name
 	}
 	facts.MountOptions = f.MountOptions
+	facts.Seccomp, facts.AppArmor = false, false
 	if f.Linux != nil && f.Linux.Seccomp != nil && f.Linux.Seccomp.Enabled != nil {
-		facts.NoSeccomp = !*f.Linux.Seccomp.Enabled
+		facts.Seccomp = *f.Linux.Seccomp.Enabled
+	}
+	if f.Linux != nil && f.Linux.Apparmor != nil && f.Linux.Apparmor.Enabled != nil {
+		facts.AppArmor = *f.Linux.Apparmor.Enabled
 	}
 	return facts, nil
 }

@@ -17,8 +17,10 @@ func TestAskRuntime(t *testing.T) {
 	}{
 		"with features": {script: `case "$1 $2" in
 			"--debug --version") echo "crun version 9"; echo "commit: x";;
-			"--debug features") echo '{"ociVersionMin":"1.0.0","mountOptions":["ro","rro"],"linux":{"seccomp":{"enabled":false}}}';;
-			*) exit 9;; esac`, want: RuntimeFacts{Version: "crun version 9", MountOptions: []string{"ro", "rro"}, NoSeccomp: true}},
+			"--debug features") echo '{"ociVersionMin":"1.0.0","mountOptions":["ro","rro"],"linux":{"seccomp":{"enabled":true},"apparmor":{"enabled":false}}}';;
+			*) exit 9;; esac`, want: RuntimeFacts{Version: "crun version 9", MountOptions: []string{"ro", "rro"}, Seccomp: true}},
+		"without features, in the version": {script: `[ "$2" = --version ] && printf 'crun version 1\n+CAP +SECCOMP +APPARMOR +YAJL\n' || exit 1`,
+			want: RuntimeFacts{Version: "crun version 1", Seccomp: true, AppArmor: true}},
 		"without features": {script: `[ "$2" = --version ] && echo "old 1" || { echo "unknown command features" >&2; exit 1; }`,
 			want: RuntimeFacts{Version: "old 1"}},
 		"another command of that name": {script: `[ "$2" = --version ] && echo "odd 1" || echo "features: all"`, want: RuntimeFacts{Version: "odd 1"}},

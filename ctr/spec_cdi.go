@@ -166,9 +166,9 @@ func (b *builder) cdiMount(m *cdispecs.Mount) (specs.Mount, error) {
 	return b.userMount(asked)
 }
 
-// The time that a hook may take, in seconds: what it gets where its specification says nothing, and at most. While one
-// runs the container's creation waits.
-const hookTimeout, maxHookTimeout = 30, 60
+// The time that a hook may take, in seconds: what it gets where its specification says nothing, and at most; and what all
+// of a container may take. While one runs the container's start waits, which is given up after two minutes.
+const hookTimeout, maxHookTimeout, maxAllHooks = 30, 60, 90
 
 // cdiHooks takes the hooks of a container's making. They are programs of the node, run by the keeper or by the
 // container's init before its program; what runs after that would be a child of which nobody knows.
@@ -176,7 +176,11 @@ func (b *builder) cdiHooks(hooks []*cdispecs.Hook) error {
 	if len(hooks) == 0 {
 		return nil
 	}
+	if len(hooks) > maxAllHooks {
+		return invalid("%d hooks: %d at most", len(hooks), maxAllHooks)
+	}
 	all := &specs.Hooks{}
+	var timeouts []*int
 	lists := map[string]*[]specs.Hook{
 		cdi.PrestartHook:      &all.Prestart, //nolint:staticcheck // deprecated, and still what some vendors generate
 		cdi.CreateRuntimeHook: &all.CreateRuntime, cdi.CreateContainerHook: &all.CreateContainer, cdi.StartContainerHook: &all.StartContainer,
@@ -191,9 +195,25 @@ func (b *builder) cdiHooks(hooks []*cdispecs.Hook) error {
 			return err
 		}
 		*list = append(*list, hook)
+		timeouts = append(timeouts, hook.Timeout)
 	}
+	shareHookTime(timeouts)
 	b.spec.Hooks = all
 	return nil
+}
+
+// shareHookTime shortens the time of each in proportion, to a second at least, where together they have too much.
+func shareHookTime(timeouts []*int) {
+	sum := 0
+	for _, t := range timeouts {
+		sum += *t
+	}
+	if sum <= maxAllHooks {
+		return
+	}
+	for _, t := range timeouts {
+		*t = 1 + (*t-1)*(maxAllHooks-len(timeouts))/(sum-len(timeouts))
+	}
 }
 
 func (b *builder) cdiHook(h *cdispecs.Hook) (specs.Hook, error) {

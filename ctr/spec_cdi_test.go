@@ -147,7 +147,7 @@ func TestCDIHooks(t *testing.T) {
 		return &cdispecs.Hook{HookName: name, Path: "/usr/bin/hook", Args: []string{"hook", name}, Timeout: timeout}
 	}
 	edits := &cdispecs.ContainerEdits{Hooks: []*cdispecs.Hook{
-		hook("createContainer", nil), hook("prestart", ptr(5)), hook("createRuntime", ptr(4000)), hook("createContainer", nil),
+		hook("createContainer", nil), hook("prestart", ptr(5)), hook("createContainer", ptr(4)),
 		{HookName: "startContainer", Path: "/in/the/container", Env: []string{"A=b"}},
 	}}
 	spec, sentences := build(t, withCDI(edits))
@@ -155,13 +155,32 @@ func TestCDIHooks(t *testing.T) {
 		return specs.Hook{Path: "/usr/bin/hook", Args: []string{"hook", name}, Env: []string{"PATH=" + defaultPath}, Timeout: &timeout}
 	}
 	want := &specs.Hooks{
-		Prestart: []specs.Hook{made("prestart", 5)}, CreateRuntime: []specs.Hook{made("createRuntime", 60)},
-		CreateContainer: []specs.Hook{made("createContainer", 30), made("createContainer", 30)},
+		Prestart:        []specs.Hook{made("prestart", 5)},
+		CreateContainer: []specs.Hook{made("createContainer", 30), made("createContainer", 4)},
 		StartContainer:  []specs.Hook{{Path: "/in/the/container", Env: []string{"A=b"}, Timeout: ptr(30)}},
 	}
 	if !reflect.DeepEqual(spec.Hooks, want) || len(sentences) != 0 {
 		t.Errorf("hooks %+v, want %+v; sentences %q", spec.Hooks, want, sentences)
 	}
+	// Of what is more than all may take, each gets its share.
+	for _, c := range []struct{ asked, want []int }{
+		{[]int{4000}, []int{60}}, {[]int{60, 30}, []int{60, 30}}, {[]int{4000, 4000}, []int{45, 45}}, {[]int{60, 60, 1}, []int{44, 44, 1}},
+		{slices.Repeat([]int{60}, 90), slices.Repeat([]int{1}, 90)},
+	} {
+		var hooks []*cdispecs.Hook
+		for _, seconds := range c.asked {
+			hooks = append(hooks, hook("createRuntime", &seconds))
+		}
+		spec, _ := build(t, withCDI(&cdispecs.ContainerEdits{Hooks: hooks}))
+		var got []int
+		for _, h := range spec.Hooks.CreateRuntime {
+			got = append(got, *h.Timeout)
+		}
+		if !slices.Equal(got, c.want) {
+			t.Errorf("of %d seconds: %d, want %d", c.asked, got, c.want)
+		}
+	}
+	refused(t, ErrInvalid, []string{"91 hooks"}, withCDI(&cdispecs.ContainerEdits{Hooks: slices.Repeat([]*cdispecs.Hook{hook("createRuntime", nil)}, 91)}))
 	for _, c := range []struct {
 		class error
 		word  string

@@ -121,6 +121,9 @@ func (a *limitAdder) sentences() []string {
 		why := "the controller " + c + " is not delegated to this node"
 		if !a.cgroup || !a.host.CgroupUsable {
 			why = "this node has no cgroups of its own"
+			if a.host.CgroupUsable {
+				why = "the container has no cgroup of its own: its runtime keeps a pod's containers in one sandbox"
+			}
 		}
 		verb := "is"
 		if len(a.missing[c]) > 1 {

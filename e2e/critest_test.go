@@ -28,8 +28,8 @@ var (
 	critestRace     = os.Getenv("CORACLE_E2E_CRITEST_RACE")     // set = the programs have the race detector
 )
 
-// critestTimeout is for the whole run. It takes about a minute where nothing else runs.
-const critestTimeout = 30 * time.Minute
+// critestTimeout is for the whole run. It takes about a minute where nothing else runs and the machine is not emulated.
+var critestTimeout = map[bool]time.Duration{false: 30 * time.Minute, true: 110 * time.Minute}[vmMode != ""]
 
 // TestCritest runs critest as its module has it, but for one digest (see e2e/repin), inside the node's namespaces and
 // as the same user. Its images come from a loopback registry under the names that they have for everybody, by a

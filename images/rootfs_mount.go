@@ -34,6 +34,14 @@ type mounter struct {
 func chooseMounter(s *Store) mounter {
 	m := mounter{driver: driverOverlay}
 	err := m.probe(s)
+	if errors.Is(err, errOldKernel) {
+		m.old = true
+		oldErr := m.probe(s)
+		if oldErr == nil {
+			return m
+		}
+		err = errors.Join(oldErr, err)
+	}
 	if err == nil {
 		return m
 	}
@@ -95,13 +103,10 @@ func (m *mounter) mount(ctx context.Context, dir string, lowers []string, writab
 	if m.driver == driverFuse {
 		return m.mountFuse(ctx, dir, lowers, writable)
 	}
-	if !m.old {
-		err := mountOverlay(dir, lowers, writable)
-		if !errors.Is(err, errOldKernel) {
-			return err
-		}
+	if m.old {
+		return mountOverlayOld(dir, lowers, writable)
 	}
-	return mountOverlayOld(dir, lowers, writable)
+	return mountOverlay(dir, lowers, writable)
 }
 
 // errOldKernel: the kernel has no "lowerdir+" (before 6.5).
@@ -142,7 +147,10 @@ func mountOverlay(dir string, lowers []string, writable bool) (err error) {
 			return fsError(fsfd, "set volatile", err)
 		}
 	}
-	if err := unix.FsconfigCreate(fsfd); err != nil {
+	if err := unix.FsconfigCreate(fsfd); errors.Is(err, unix.EINVAL) {
+		// Before Linux 6.5 overlayfs gets its options as one string, and looks at none before this.
+		return errors.Join(errOldKernel, fsError(fsfd, "create overlay", err))
+	} else if err != nil {
 		return fsError(fsfd, "create overlay", err)
 	}
 	attr := 0

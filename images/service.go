@@ -11,11 +11,13 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// streamBatch is how many images go into one message of StreamImages.
-const streamBatch = 100
+// streamBytes is what the images of one message of StreamImages may take together, of the 4 MiB that gRPC lets a client
+// take where it says nothing.
+const streamBytes = 1 << 20
 
 // Service is the CRI's ImageService over a Store.
 type Service struct {
@@ -47,12 +49,25 @@ func (s *Service) StreamImages(req *runtimeapi.StreamImagesRequest, stream grpc.
 	if err != nil {
 		return grpcError(err)
 	}
-	for batch := range slices.Chunk(images, streamBatch) {
-		if err := stream.Send(&runtimeapi.StreamImagesResponse{Images: batch}); err != nil {
+	for len(images) > 0 {
+		n := batch(images)
+		if err := stream.Send(&runtimeapi.StreamImagesResponse{Images: images[:n]}); err != nil {
 			return err
 		}
+		images = images[n:]
 	}
 	return nil
+}
+
+// batch is how many of the images go into one message: at least one, whatever it takes.
+func batch(images []*runtimeapi.Image) int {
+	size := 0
+	for i, image := range images {
+		if size += proto.Size(image); size > streamBytes && i > 0 {
+			return i
+		}
+	}
+	return len(images)
 }
 
 func (s *Service) list(filter *runtimeapi.ImageFilter) ([]*runtimeapi.Image, error) {

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -143,6 +144,47 @@ func testList(t *testing.T, c runtimeapi.ImageServiceClient, h *hub, id string) 
 	}
 	if len(ids) != 2 || !slices.Contains(ids, id) {
 		t.Errorf("streamed %v", ids)
+	}
+}
+
+// received keeps what a method streams.
+type received struct {
+	sink
+	messages [][]*runtimeapi.Image
+}
+
+func (r *received) Send(resp *runtimeapi.StreamImagesResponse) error {
+	r.messages = append(r.messages, resp.GetImages())
+	return nil
+}
+
+// Annotations of an image are whatever its manifest says: few images may be more than a message can hold.
+func TestStreamImagesCutsBySize(t *testing.T) {
+	s := &Store{index: newIndex()}
+	sizes := map[string]int{"a": 400_000, "b": 400_000, "c": 400_000, "d": 2 << 20, "e": 10, "f": 10}
+	for id, size := range sizes {
+		s.index.images["sha256:"+id] = &imageRecord{ID: "sha256:" + id, file: &v1.ConfigFile{}, Annotations: map[string]string{"a": strings.Repeat("x", size)}}
+	}
+	all, err := NewService(s).list(nil)
+	if err != nil || len(all) != len(sizes) {
+		t.Fatalf("%d images, %v", len(all), err)
+	}
+	var got received
+	if err := NewService(s).StreamImages(&runtimeapi.StreamImagesRequest{}, &got); err != nil {
+		t.Fatal(err)
+	}
+	var told []*runtimeapi.Image
+	for i, images := range got.messages {
+		told = append(told, images...)
+		if size := proto.Size(&runtimeapi.StreamImagesResponse{Images: images}); len(images) == 0 || len(images) > 1 && size > streamBytes+1000 {
+			t.Errorf("message %d has %d images and %d bytes", i, len(images), size)
+		}
+	}
+	if !slices.EqualFunc(told, all, func(a, b *runtimeapi.Image) bool { return proto.Equal(a, b) }) {
+		t.Errorf("told %d images, want %d in the same order", len(told), len(all))
+	}
+	if n := len(got.messages); n < 3 || n >= len(all) { // 3.2 MB, of which 2 are one image
+		t.Errorf("%d messages for %d images", n, len(all))
 	}
 }
 

@@ -5,10 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // How the size of a writable layer is found.
@@ -188,35 +191,109 @@ func (s *Store) measureRootfs(ctx context.Context, containerID string) (Usage, e
 
 // diskUsage sums up a tree, a file with several names once. Names that vanish meanwhile do not count. The time is told
 // with an error, too: it was tried then.
+//
+// The tree belongs to a container that runs: it may put a link, or a pipe that nobody writes to, in the place of a
+// directory that is about to be read. So each is opened below the root and as a directory, and read only where it is
+// the one that was counted. io/fs would not do: it opens whatever is there, and takes no name that is not UTF-8.
 func diskUsage(ctx context.Context, dir string) (Usage, error) {
-	usage := Usage{At: time.Now()}
-	seen := map[uint64]bool{}
-	err := filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
-		if err != nil {
-			if errors.Is(err, fs.ErrNotExist) {
-				return nil
-			}
-			return err
+	w := walk{usage: Usage{At: time.Now()}, seen: map[uint64]bool{}}
+	var top unix.Stat_t
+	err := unix.Lstat(dir, &top)
+	if errors.Is(err, fs.ErrNotExist) {
+		return w.usage, nil
+	} else if err != nil {
+		return w.usage, err
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return w.usage, err
+	}
+	defer root.Close()
+	w.count(".", "", &top)
+	for len(w.due) > 0 {
+		next := w.due[len(w.due)-1]
+		w.due = w.due[:len(w.due)-1]
+		if err := w.read(ctx, root, next); err != nil {
+			return w.usage, err
 		}
+	}
+	return w.usage, nil
+}
+
+// walk is one look at a tree.
+type walk struct {
+	usage Usage
+	seen  map[uint64]bool
+	due   []directory // counted, not read yet
+}
+
+// directory is one as it was counted, by its path from the root.
+type directory struct {
+	path     string
+	dev, ino uint64
+}
+
+func (w *walk) count(parent, name string, st *unix.Stat_t) {
+	if st.Mode&unix.S_IFMT == unix.S_IFDIR {
+		w.due = append(w.due, directory{path: filepath.Join(parent, name), dev: st.Dev, ino: st.Ino})
+	} else if st.Nlink > 1 {
+		if w.seen[st.Ino] {
+			return
+		}
+		w.seen[st.Ino] = true
+	}
+	w.usage.Bytes += uint64(st.Blocks) * 512
+	w.usage.Inodes++
+}
+
+// read counts what is in a directory.
+func (w *walk) read(ctx context.Context, root *os.Root, d directory) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if len(d.path) >= unix.PathMax { // to open it costs a system call for each of its parents
+		return &fs.PathError{Op: "open", Path: d.path[:64] + "…", Err: unix.ENAMETOOLONG}
+	}
+	f, err := root.OpenFile(d.path, os.O_RDONLY|unix.O_DIRECTORY, 0)
+	if moved(err) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	defer f.Close()
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return &fs.PathError{Op: "stat", Path: d.path, Err: err}
+	}
+	if st.Dev != d.dev || st.Ino != d.ino {
+		return nil
+	}
+	names, err := f.Readdirnames(-1)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	for _, name := range names {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		info, err := d.Info()
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil
-		} else if err != nil {
-			return err
+		switch err := unix.Fstatat(int(f.Fd()), name, &st, unix.AT_SYMLINK_NOFOLLOW); {
+		case errors.Is(err, fs.ErrNotExist):
+		case err != nil:
+			return &fs.PathError{Op: "stat", Path: filepath.Join(d.path, name), Err: err}
+		default:
+			w.count(d.path, name, &st)
 		}
-		st, ok := info.Sys().(*syscall.Stat_t)
-		if !ok || st.Nlink > 1 && !d.IsDir() && seen[st.Ino] {
-			return nil
-		}
-		if st.Nlink > 1 {
-			seen[st.Ino] = true
-		}
-		usage.Bytes += uint64(st.Blocks) * 512
-		usage.Inodes++
-		return nil
-	})
-	return usage, err
+	}
+	return nil
+}
+
+// moved tells the errors of a directory that is no longer where it was: its name is gone, or that or the way to it is a
+// file or a link now. For a way that leads out os.Root has an error that it does not export, the only one that no
+// system call gave.
+func moved(err error) bool {
+	if err == nil {
+		return false
+	}
+	var errno syscall.Errno
+	return !errors.As(err, &errno) || errno == unix.ENOENT || errno == unix.ENOTDIR || errno == unix.ELOOP
 }

@@ -9,6 +9,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // measured is the first measure of a container.
@@ -108,6 +110,89 @@ func TestDiskUsageEndsWithTheStore(t *testing.T) {
 	cancel()
 	if u, err := diskUsage(over, t.TempDir()); !errors.Is(err, context.Canceled) {
 		t.Errorf("%+v, %v", u, err)
+	}
+}
+
+func TestDiskUsageOfATree(t *testing.T) {
+	dir := t.TempDir()
+	deep := filepath.Join(dir, "a", "not\xffUTF-8", "b")
+	for _, err := range []error{
+		os.MkdirAll(deep, 0o755),
+		os.WriteFile(filepath.Join(deep, "file"), []byte(strings.Repeat("x", 40_000)), 0o644),
+		os.Link(filepath.Join(deep, "file"), filepath.Join(dir, "again")),
+		os.Symlink("/", filepath.Join(dir, "out")),
+		unix.Mkfifo(filepath.Join(dir, "pipe"), 0o644),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	u, err := diskUsage(context.Background(), dir)
+	if err != nil || u.Inodes != 7 || u.Bytes < 40_000 || u.Bytes >= 80_000 || u.At.IsZero() {
+		t.Errorf("usage of 4 directories, a file of two names, a link and a pipe: %+v, %v", u, err)
+	}
+	if u, err := diskUsage(context.Background(), filepath.Join(dir, "none")); err != nil || u.Inodes != 0 || u.At.IsZero() {
+		t.Errorf("of a layer that went away: %+v, %v", u, err)
+	}
+}
+
+// A container may put anything in the place of a directory after that was counted and before it is read.
+func TestDiskUsageOfADirectoryThatIsSwapped(t *testing.T) {
+	outside := t.TempDir()
+	mkdirs(t, filepath.Join(outside, "sub", "below"))
+	for what, swap := range map[string]func(path string) error{
+		"link out":     func(path string) error { return os.Symlink(outside, path) },
+		"link upwards": func(path string) error { return os.Symlink("../../../../../..", path) },
+		"link inside":  func(path string) error { return os.Symlink("other", path) },
+		"link in a circle": func(path string) error {
+			return errors.Join(os.Symlink(path+"2", path), os.Symlink(path, path+"2"))
+		},
+		"dead link":       func(path string) error { return os.Symlink("nowhere", path) },
+		"file":            func(path string) error { return os.WriteFile(path, nil, 0o644) },
+		"pipe":            func(path string) error { return unix.Mkfifo(path, 0o644) },
+		"nothing":         func(string) error { return nil },
+		"other directory": func(path string) error { return os.Mkdir(path, 0o755) },
+	} {
+		t.Run(what, func(t *testing.T) {
+			dir := t.TempDir()
+			mkdirs(t, filepath.Join(dir, "a", "sub"), filepath.Join(dir, "other", "sub"))
+			root, err := os.OpenRoot(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer root.Close()
+			// The walk has counted a and the directory in it, and is about to read both.
+			w := walk{seen: map[uint64]bool{}}
+			for _, path := range []string{"a", "a/sub"} {
+				var st unix.Stat_t
+				if err := unix.Lstat(filepath.Join(dir, path), &st); err != nil {
+					t.Fatal(err)
+				}
+				w.count(path, "", &st)
+			}
+			// The old one is kept under another name, so that its inode is not given out again.
+			if err := errors.Join(os.Rename(filepath.Join(dir, "a"), filepath.Join(dir, "kept")), swap(filepath.Join(dir, "a"))); err != nil {
+				t.Fatal(err)
+			}
+			counted := w.usage
+			for _, d := range w.due {
+				if err := w.read(context.Background(), root, d); err != nil {
+					t.Errorf("read %s: %v", d.path, err)
+				}
+			}
+			if w.usage != counted || len(w.due) != 2 {
+				t.Errorf("usage %+v, was %+v; to be read: %v", w.usage, counted, w.due)
+			}
+		})
+	}
+}
+
+func mkdirs(t *testing.T, paths ...string) {
+	t.Helper()
+	for _, path := range paths {
+		if err := os.MkdirAll(path, 0o755); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 

@@ -192,28 +192,71 @@ func routeForeign(h *netlink.Handle, f *family) error {
 	return nil
 }
 
-// addGateway gives the bridge the pool's first address. It is idempotent.
-func (n *node) addGateway(p *pool) error {
-	family := familyOf(p.gateway)
-	addrs, err := consistent(func() ([]netlink.Addr, error) { return n.route.AddrList(nil, family.number) })
-	if err != nil {
-		return fmt.Errorf("list addresses of the node: %w", err)
-	}
-	for _, a := range addrs {
-		ones, _ := a.Mask.Size()
-		other := netip.PrefixFrom(addrOf(a.IP), ones).Masked()
-		if a.LinkIndex != n.bridge.Attrs().Index && other.Overlaps(p.prefix) {
-			return fmt.Errorf("pod CIDR %s overlaps %s, which the node has: %w", p.prefix, other, ErrInvalid)
+// checkGateways refuses pools that overlap a network of another device of the node.
+func (n *node) checkGateways(pools []*pool) error {
+	for _, p := range pools {
+		addrs, err := n.addresses(familyOf(p.gateway))
+		if err != nil {
+			return err
+		}
+		for _, a := range addrs {
+			other := prefixOf(a)
+			if a.LinkIndex != n.bridge.Attrs().Index && other.Masked().Overlaps(p.prefix) {
+				return fmt.Errorf("pod CIDR %s overlaps %s, which the node has: %w", p.prefix, other.Masked(), ErrInvalid)
+			}
 		}
 	}
-	gateway := &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(p.gateway, p.prefix.Bits()))}
-	if family == ipv6 {
-		gateway.Flags = unix.IFA_F_NODAD
+	return nil
+}
+
+// addGateway gives the bridge the pool's first address, and tells whether it did not have it. It is idempotent.
+func (n *node) addGateway(p *pool) (fresh bool, err error) {
+	family := familyOf(p.gateway)
+	addrs, err := n.addresses(family)
+	if err != nil {
+		return false, err
 	}
+	gateway := p.gatewayAddr()
+	had := slices.ContainsFunc(addrs, func(a netlink.Addr) bool {
+		// IPv6 knows an address once, whatever its network is.
+		return a.LinkIndex == n.bridge.Attrs().Index && addrOf(a.IP) == p.gateway && (family == ipv6 || prefixOf(a).Bits() == p.prefix.Bits())
+	})
 	if err := n.route.AddrReplace(n.bridge, gateway); err != nil {
-		return fmt.Errorf("give %s the address %s: %w", n.bridge.Attrs().Name, gateway.IPNet, err)
+		return false, fmt.Errorf("give %s the address %s: %w", n.bridge.Attrs().Name, gateway.IPNet, err)
+	}
+	return !had, nil
+}
+
+// dropGateway takes the pool's first address from the bridge.
+func (n *node) dropGateway(p *pool) error {
+	gateway := p.gatewayAddr()
+	if err := n.route.AddrDel(n.bridge, gateway); err != nil {
+		return fmt.Errorf("take the address %s from %s: %w", gateway.IPNet, n.bridge.Attrs().Name, err)
 	}
 	return nil
+}
+
+func (p *pool) gatewayAddr() *netlink.Addr {
+	addr := &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(p.gateway, p.prefix.Bits()))}
+	if familyOf(p.gateway) == ipv6 {
+		addr.Flags = unix.IFA_F_NODAD
+	}
+	return addr
+}
+
+// addresses are those of every device of the node.
+func (n *node) addresses(f *family) ([]netlink.Addr, error) {
+	addrs, err := consistent(func() ([]netlink.Addr, error) { return n.route.AddrList(nil, f.number) })
+	if err != nil {
+		return nil, fmt.Errorf("list addresses of the node: %w", err)
+	}
+	return addrs, nil
+}
+
+// prefixOf keeps the host bits.
+func prefixOf(a netlink.Addr) netip.Prefix {
+	ones, _ := a.Mask.Size()
+	return netip.PrefixFrom(addrOf(a.IP), ones)
 }
 
 // has tells whether the address is the node's own, other than by its loopback device.
@@ -222,7 +265,7 @@ func (n *node) has(ip netip.Addr) bool {
 	if ip.IsUnspecified() || ip.IsLoopback() {
 		return false
 	}
-	addrs, err := consistent(func() ([]netlink.Addr, error) { return n.route.AddrList(nil, familyOf(ip).number) })
+	addrs, err := n.addresses(familyOf(ip))
 	return err == nil && slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return addrOf(a.IP) == ip })
 }
 

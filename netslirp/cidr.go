@@ -2,6 +2,7 @@ package netslirp
 
 import (
 	"cmp"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -66,7 +67,11 @@ func parsePodCIDR(cidrs string) ([]netip.Prefix, error) {
 
 // CheckPodCIDR tells, before anything is started, whether a node could take it.
 func CheckPodCIDR(cidrs string) error {
-	_, err := parsePodCIDR(cmp.Or(cidrs, DefaultPodCIDR))
+	prefixes, err := parsePodCIDR(cmp.Or(cidrs, DefaultPodCIDR))
+	if err != nil {
+		return err
+	}
+	_, err = newPools(prefixes, nil)
 	return err
 }
 
@@ -179,7 +184,7 @@ func (n *Network) openPools() error {
 
 // SetPodCIDR makes new pods take their addresses from cidr, also after a restart: one network, or one of each version
 // of IP with a comma between them, the one of the pods' IP first. Pods that have addresses keep them, and their
-// gateways. An empty cidr changes nothing (CRI NetworkConfig).
+// gateways. An empty cidr changes nothing (CRI NetworkConfig), nor does one that is refused.
 func (n *Network) SetPodCIDR(cidr string) error {
 	if cidr == "" {
 		return nil
@@ -208,19 +213,7 @@ func (n *Network) SetPodCIDR(cidr string) error {
 			next.former = append(next.former, p)
 		}
 	}
-	for _, p := range next.current {
-		if err := n.node.addGateway(p); err != nil {
-			return err
-		}
-	}
-	if err := n.firewall.masquerade(next.prefixes()); err != nil {
-		return err
-	}
-	raw, err := json.Marshal(cidrState{Version: cidrVersion, Configured: n.cfg.PodCIDR, Current: formatPodCIDR(prefixes)})
-	if err != nil {
-		return fmt.Errorf("encode pod CIDR: %w", err)
-	}
-	if err := writeFile(n.cfg.cidrFile(), raw); err != nil {
+	if err := n.layPools(old, next); err != nil {
 		return err
 	}
 	n.mu.Lock()
@@ -228,6 +221,38 @@ func (n *Network) SetPodCIDR(cidr string) error {
 	n.mu.Unlock()
 	n.warnHidden()
 	return nil
+}
+
+// layPools readies the bridge, the firewall and the next daemon for the next pools. On an error all three are as before.
+func (n *Network) layPools(old, next pools) (err error) {
+	current := pools{current: next.current}.prefixes()
+	raw, err := json.Marshal(cidrState{Version: cidrVersion, Configured: n.cfg.PodCIDR, Current: formatPodCIDR(current)})
+	if err != nil {
+		return fmt.Errorf("encode pod CIDR: %w", err)
+	}
+	if err := n.node.checkGateways(next.current); err != nil {
+		return err
+	}
+	var back undo
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, back.run(context.Background()))
+		}
+	}()
+	for _, p := range next.current {
+		fresh, err := n.node.addGateway(p)
+		if err != nil {
+			return err
+		}
+		if fresh {
+			back.push(func(context.Context) error { return n.node.dropGateway(p) })
+		}
+	}
+	if err := n.firewall.masquerade(next.prefixes()); err != nil {
+		return err
+	}
+	back.push(func(context.Context) error { return n.firewall.masquerade(old.prefixes()) })
+	return writeFile(n.cfg.cidrFile(), raw)
 }
 
 // warnHidden says in the log what HiddenFromPods finds.

@@ -3,13 +3,18 @@ package netslirp
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
+	"slices"
 	"strings"
 	"testing"
 
+	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 func TestParsePodCIDR(t *testing.T) {
@@ -58,6 +63,115 @@ func TestSetPodCIDR(t *testing.T) {
 	must(t, n.Detach(context.Background(), "old", old.ns))
 	must(t, n.Detach(context.Background(), "fresh", fresh.ns))
 	l.checkEmpty(n)
+}
+
+// A pod CIDR that is refused, or whose way into force is cut off at any step, leaves no trace.
+func TestSetPodCIDRAllOrNone(t *testing.T) {
+	const next = "fd99::/64,10.99.0.0/24"
+	for what, c := range map[string]struct {
+		cidr    string
+		prepare func(l *lab, n *Network) (mend func())
+		want    string
+	}{
+		"the second network overlaps":   {"fd99::/64,10.0.2.0/24", nil, "overlaps 10.0.2.0/24"},
+		"the second is too small":       {"fd99::/64,10.99.0.0/31", nil, "too small"},
+		"the second address is refused": {"10.99.0.0/24,ff02::/64", nil, "give coracle0 the address ff02::1/64"},
+		"the firewall": {next, func(l *lab, n *Network) func() {
+			must(l.t, n.firewall.transaction(func(c *nftables.Conn, t tables) error {
+				if t.family == ipv6 {
+					c.DelTable(t.table)
+				}
+				return nil
+			}))
+			return func() { must(l.t, n.firewall.replace(n.pools.prefixes(), nil)) }
+		}, "write masquerade"},
+		"the disk": {next, func(l *lab, _ *Network) func() {
+			temp := l.cfg.cidrFile() + tempSuffix
+			must(l.t, os.Mkdir(temp, 0o700))
+			return func() { must(l.t, os.Remove(temp)) }
+		}, "write network state"},
+	} {
+		t.Run(what, func(t *testing.T) {
+			l := newLab(t)
+			n := l.open()
+			before, mend := l.layout(), func() {}
+			if c.prepare != nil {
+				mend = c.prepare(l, n)
+			}
+			if err := n.SetPodCIDR(c.cidr); err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("error is %v, want %q", err, c.want)
+			}
+			mend()
+			if after := l.layout(); after != before {
+				t.Errorf("the node was\n%s\nand is\n%s", before, after)
+			}
+			if got := n.Info()["podCIDR"]; got != DefaultPodCIDR {
+				t.Errorf("pod CIDR %s", got)
+			}
+			must(t, n.SetPodCIDR(next)) // nothing is in the way of one that is right
+			if after := l.layout(); after == before {
+				t.Error("the layout does not tell one pod CIDR from another")
+			}
+		})
+	}
+}
+
+// An address that the bridge had before, of an older pod CIDR, is not taken back with the new ones.
+func TestSetPodCIDRKeepsFormerGateways(t *testing.T) {
+	l := newLab(t)
+	n := l.open()
+	must(t, n.SetPodCIDR("10.99.0.0/24,fd99::/64"))
+	before := l.layout()
+	temp := l.cfg.cidrFile() + tempSuffix
+	must(t, os.Mkdir(temp, 0o700))
+	wantIs(t, n.SetPodCIDR("fd98::/64,10.88.0.0/16"), unix.EISDIR, "write network state")
+	if after := l.layout(); after != before {
+		t.Errorf("the node was\n%s\nand is\n%s", before, after)
+	}
+}
+
+// layout is what a pod CIDR changes on a node: addresses, routes and rules.
+func (l *lab) layout() string {
+	l.t.Helper()
+	var out strings.Builder
+	must(l.t, l.inNode(func() error {
+		for _, f := range []*family{ipv4, ipv6} {
+			link, err := netlink.LinkByName(DefaultBridge)
+			if err != nil {
+				return err
+			}
+			addrs, err := netlink.AddrList(link, f.number)
+			if err != nil {
+				return err
+			}
+			routes, err := netlink.RouteList(link, f.number)
+			if err != nil {
+				return err
+			}
+			var lines []string
+			for _, a := range addrs {
+				lines = append(lines, a.IPNet.String())
+			}
+			for _, r := range routes {
+				lines = append(lines, fmt.Sprint("route ", r.Dst))
+			}
+			slices.Sort(lines)
+			rules, err := (&nftables.Conn{}).GetRules(newTables(f).table, &nftables.Chain{Name: postrouting})
+			if err != nil {
+				return err
+			}
+			for _, r := range rules {
+				raw, err := json.Marshal(r.Exprs)
+				if err != nil {
+					return err
+				}
+				lines = append(lines, string(raw))
+			}
+			fmt.Fprintln(&out, strings.Join(lines, "\n"))
+		}
+		return nil
+	}))
+	return out.String()
 }
 
 // The order of the networks is that of a pod's addresses, and one of them alone is enough.

@@ -99,8 +99,11 @@ func Open(cfg Config) (_ *Network, err error) {
 	if err := n.rebuild(lost); err != nil {
 		return nil, err
 	}
+	if err := n.node.checkGateways(n.pools.all()); err != nil {
+		return nil, err
+	}
 	for _, p := range n.pools.all() {
-		if err := n.node.addGateway(p); err != nil {
+		if _, err := n.node.addGateway(p); err != nil {
 			return nil, err
 		}
 	}

@@ -49,8 +49,12 @@ func normalize(mappings []PortMapping) ([]PortMapping, error) {
 			return nil, fmt.Errorf("publish host port %s to port %d: a port is 1 to 65535: %w", m, m.ContainerPort, ErrInvalid)
 		}
 		if m.HostIP != "" {
-			if _, err := netip.ParseAddr(m.HostIP); err != nil {
+			addr, err := netip.ParseAddr(m.HostIP)
+			if err != nil {
 				return nil, fmt.Errorf("publish host port %s: %w: %w", m, ErrInvalid, err)
+			}
+			if addr.Zone() != "" {
+				return nil, fmt.Errorf("publish host port %s: the port driver takes no address with a zone: %w", m, ErrInvalid)
 			}
 		}
 		for _, other := range out {

@@ -42,7 +42,7 @@ func (s *Service) takeCensus() (census, error) {
 	}
 	owners := owners{byPid: byPid, pids: map[int]string{}, namespaces: map[uint64]string{}, node: ctr.MountNS(os.Getpid())}
 	for _, c := range s.index.allContainers("") {
-		if st := c.status.snapshot(); st.running() {
+		if st := c.status.snapshot(); st.running() && !s.sandboxed(c) {
 			owners.add(c.spec.ID, st.Pid, st.PidStart)
 		}
 	}
@@ -58,6 +58,12 @@ func (s *Service) takeCensus() (census, error) {
 		}
 	}
 	return found, nil
+}
+
+// sandboxed: the process that stands for the container is a program of the runtime's, which waits for it.
+func (s *Service) sandboxed(c *container) bool {
+	_, p := s.index.observed(c.spec.PodID)
+	return p != nil && p.spec.Sandboxed
 }
 
 // owners tells whom a process belongs to.

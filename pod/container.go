@@ -171,6 +171,9 @@ func (c *container) observe(state ctr.State) error {
 // startFailed is the end of a container whose program never ran.
 func (c *container) startFailed(cause error) error {
 	return c.change(func(st *containerStatus) {
+		if !st.FinishedAt.IsZero() {
+			return // its init process ended before its program ran, and that was told
+		}
 		st.FinishedAt = time.Now()
 		st.ExitCode, st.Failure, st.Message = startErrorCode, reasonStartError, cause.Error()
 	})

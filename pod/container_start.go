@@ -43,7 +43,10 @@ func (s *Service) startContainer(ctx context.Context, id string) error {
 	state, err := s.launch(work, p, c)
 	if err != nil {
 		err = fmt.Errorf("start container %s: %w", c.spec.ID, err)
-		return errors.Join(err, c.startFailed(err), s.deps.Containers.Delete(work, c.spec.ID))
+		// What has run out of its time may still be made: the deletion waits for that, in a time of its own.
+		last, cancel := context.WithTimeout(context.WithoutCancel(ctx), startTimeout)
+		defer cancel()
+		return errors.Join(err, c.startFailed(err), s.deps.Containers.Delete(last, c.spec.ID))
 	}
 	return c.observe(state)
 }

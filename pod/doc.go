@@ -14,6 +14,8 @@
 // the disk refuses it. Reads never wait for an operation.
 //
 // Locks, in the order in which they may be taken: pod.op (one operation at a time on a pod and its containers,
-// held while leaves work), record.mu (one transition), index.mu (maps). StopContainer does not hold pod.op
+// held while leaves work), record.mu (one transition), eventLog.mu (events, built from what is published: it is never
+// asked for with record.mu or index.mu held), index.mu (maps). usage and memory estimates have locks of their own, under
+// which nothing else is taken. StopContainer does not hold pod.op
 // during the grace period, since the kubelet stops the containers of a pod side by side.
 package pod

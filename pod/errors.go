@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime/debug"
 	"syscall"
 
 	"google.golang.org/grpc/codes"
@@ -120,4 +121,17 @@ func answer[T any](response *T, err error) (*T, error) {
 		return nil, grpcError(err)
 	}
 	return response, nil
+}
+
+// guarded makes a panic in a goroutine of an RPC the error of that RPC, as the server does for the RPC's own goroutine.
+func (s *Service) guarded(fn func() error) func() error {
+	return func() (err error) {
+		defer func() {
+			if reason := recover(); reason != nil {
+				s.cfg.Log.Error("panic", "reason", reason, "stack", string(debug.Stack()))
+				err = fmt.Errorf("the daemon has a defect (%v); its log has the stack", reason)
+			}
+		}()
+		return fn()
+	}
 }

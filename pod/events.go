@@ -15,14 +15,17 @@ const (
 	eventsKept = 1024
 	// eventsAge is how long an event is kept. A kubelet that lost its stream comes back within seconds.
 	eventsAge = 2 * time.Minute
+	// eventsAgain is how far back a reader begins in any case: longer than what was sent lies unread in a socket.
+	eventsAgain = 30 * time.Second
 )
 
 // eventLog is what GetContainerEvents tells: a sequence, of which the last ones are kept. A reader has no queue of
 // its own, only a place in the sequence: one that does not read costs nothing and stalls nobody, and is sent away
 // once it has fallen behind what is kept.
 //
-// The CRI gives a reader no way to say what it has seen. So the log keeps what no reader was there to hear, and the
-// next reader to come begins with that; while one reads, others begin with what happens from then on.
+// The CRI gives a reader no way to say what it has seen, and what was sent may not have been read. So a reader begins with
+// what no reader was there to hear, and with all of the last moments whoever heard it: it is told at least once, and the
+// kubelet drops what it knows by created_at.
 type eventLog struct {
 	mu      sync.Mutex
 	events  []*runtimeapi.ContainerEventResponse // the last ones; the youngest has the number seq
@@ -56,11 +59,16 @@ func (l *eventLog) add(build func() *runtimeapi.ContainerEventResponse) {
 func (l *eventLog) join() uint64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.readers++
-	if l.readers > 1 {
-		return l.seq
+	oldest, at := l.seq-uint64(len(l.events)), l.seq
+	if l.readers == 0 {
+		at = max(l.heard, oldest)
 	}
-	return max(l.heard, l.seq-uint64(len(l.events)))
+	l.readers++
+	since := time.Now().Add(-eventsAgain).UnixNano()
+	for at > oldest && l.events[at-oldest-1].GetCreatedAt() > since {
+		at--
+	}
+	return at
 }
 
 // leave takes a reader off that was told everything up to at.

@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -52,6 +53,17 @@ func (l *eventLog) readersNow() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.readers
+}
+
+// age makes every event older.
+func (l *eventLog) age(by time.Duration) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for i, e := range l.events {
+		old := proto.CloneOf(e) // a reader may have it
+		old.CreatedAt -= int64(by)
+		l.events[i] = old
+	}
 }
 
 // leave ends the reader and returns what the call said.
@@ -144,23 +156,29 @@ func TestEventsTellALife(t *testing.T) {
 	r.want(t, h.run(h.podConfig("p")), "CREATED", "STARTED")
 }
 
-// TestEventsAreToldAgain: a reader that comes back hears what happened while nobody listened, in order and once; one
-// that comes beside another begins with what is new.
+// TestEventsAreToldAgain: a reader that comes back hears what happened while nobody listened, in order, and what was sent
+// a moment ago; one that comes beside another begins with the last moments.
 func TestEventsAreToldAgain(t *testing.T) {
 	h := newHarness(t)
 	r := h.readEvents()
 	pod := h.run(h.podConfig("p"))
 	r.want(t, pod, "CREATED", "STARTED")
+	h.events.age(2 * eventsAgain)
 	wantCode(t, r.leave(nil), codes.Canceled)
 	id := h.launchIn(pod, "c", "exit 0")
 	h.exited(id)
+	h.events.age(2 * eventsAgain)
 	r = h.readEvents()
 	beside := h.readEvents()
-	r.want(t, id, "CREATED", "STARTED", "STOPPED")
+	r.want(t, id, "CREATED", "STARTED", "STOPPED") // and not what the first has heard
 	second := h.create(pod, shell("second", "sleep 100"))
 	r.want(t, second, "CREATED")
 	beside.want(t, second, "CREATED")
 	wantCode(t, beside.leave(nil), codes.Canceled)
+	wantCode(t, r.leave(nil), codes.Canceled)
+	// What was sent a moment ago may not have been read.
+	r = h.readEvents()
+	r.want(t, second, "CREATED")
 	wantCode(t, r.leave(nil), codes.Canceled)
 
 	// What a daemon finds out when it comes back is told to the first who asks.
@@ -206,11 +224,7 @@ func TestEventsDoNotWait(t *testing.T) {
 	if n := len(h.events.events); n != eventsKept {
 		t.Errorf("%d events are kept", n)
 	}
-	h.events.mu.Lock()
-	for _, e := range h.events.events {
-		e.CreatedAt -= int64(2 * eventsAge)
-	}
-	h.events.mu.Unlock()
+	h.events.age(2 * eventsAge)
 	h.publish(runtimeapi.ContainerEventType_CONTAINER_STARTED_EVENT, p, pod)
 	if n := len(h.events.events); n != 1 {
 		t.Errorf("%d events are kept of which all but one are old", n)

@@ -105,9 +105,13 @@ func (n *fakeNetwork) Reconcile(_ context.Context, live map[string]bool) error {
 	return nil
 }
 
+// SetPodCIDR takes what the real one takes, but for what is on a node already.
 func (n *fakeNetwork) SetPodCIDR(cidr string) error {
-	if _, _, err := net.ParseCIDR(cidr); err != nil {
-		return fmt.Errorf("%w: %w", netslirp.ErrInvalid, err)
+	if cidr == "" {
+		return nil
+	}
+	if err := netslirp.CheckPodCIDR(cidr); err != nil {
+		return err
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()

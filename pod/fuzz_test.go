@@ -149,7 +149,7 @@ func (n *fuzzNode) nothingLeft(t *testing.T) {
 	if a, m, c := len(n.network.attached), len(n.images.mounted), len(n.cgroups.pods()); a != held || m != containers || c > pods {
 		t.Fatalf("of %d pods (%d not stopped) and %d containers: %d attached, %d mounted, %d cgroups", pods, held, containers, a, m, c)
 	}
-	if n.images.volumes != nil && len(n.images.volumes) > 0 {
+	if len(n.images.volumes) > 0 {
 		t.Fatalf("image volumes left: %v", n.images.volumes)
 	}
 	logs, err := os.ReadDir(n.logs)

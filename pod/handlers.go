@@ -1,10 +1,13 @@
 package pod
 
 import (
+	"context"
 	"maps"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -20,8 +23,35 @@ type Handler struct {
 	// Sandbox: the program puts the containers of a pod into one sandbox, that of the pod's pause process, as gVisor
 	// does.
 	Sandbox bool `json:"sandbox,omitempty"`
-	// Facts are what the program says of itself.
+	// Facts are what the program says of itself. Without a version it did not answer when it was asked, and is asked again
+	// when a pod wants it: it may be just being replaced.
 	Facts ctr.RuntimeFacts `json:"facts"`
+}
+
+// handlers are those of the configuration.
+type handlers struct {
+	mu     sync.Mutex // guards byName
+	byName map[string]Handler
+}
+
+func (x *handlers) get(name string) (Handler, bool) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	h, ok := x.byName[name]
+	return h, ok
+}
+
+func (x *handlers) put(name string, h Handler) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.byName[name] = h
+}
+
+// all returns a copy.
+func (x *handlers) all() map[string]Handler {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return maps.Clone(x.byName)
 }
 
 // The annotations by which gVisor tells a sandbox from the containers in it.
@@ -32,22 +62,32 @@ const (
 
 // checkHandler refuses a handler that no pod can have now: "If the runtime handler is unknown, this request should be
 // rejected" (CRI).
-func (s *Service) checkHandler(name string) error {
+func (s *Service) checkHandler(ctx context.Context, name string) (Handler, error) {
 	if name == "" {
-		return nil
+		return Handler{}, nil
 	}
-	h, ok := s.cfg.Handlers[name]
+	h, ok := s.handlers.get(name)
 	if !ok {
-		return invalid("run pod: runtime handler %q is not configured; %s", name, s.handlerNames())
+		return h, invalid("run pod: runtime handler %q is not configured; %s", name, s.handlerNames())
 	}
-	if _, err := exec.LookPath(h.Path); err != nil {
-		return wrongState("run pod: runtime handler %q: %v; `coracle doctor` checks the programs of all handlers", name, err)
+	path, err := exec.LookPath(h.Path)
+	if err == nil && h.Facts.Version == "" {
+		h.Path = path
+		if h.Path, err = filepath.Abs(path); err == nil {
+			h.Facts, err = ctr.AskRuntime(ctx, h.Path, h.Args)
+		}
+		if err == nil {
+			s.handlers.put(name, h)
+		}
 	}
-	return nil
+	if err != nil {
+		return h, wrongState("run pod: runtime handler %q: %v; `coracle doctor` checks the programs of all handlers", name, err)
+	}
+	return h, nil
 }
 
 func (s *Service) handlerNames() string {
-	names := append([]string{"the default one (no name)"}, slices.Sorted(maps.Keys(s.cfg.Handlers))...)
+	names := append([]string{"the default one (no name)"}, slices.Sorted(maps.Keys(s.handlers.all()))...)
 	return "there are " + strings.Join(names, ", ")
 }
 
@@ -57,7 +97,7 @@ func (s *Service) runtimeOf(p *pod, pause bool) (*ctr.Runtime, error) {
 	if p.spec.Handler == "" || pause && !p.spec.Sandboxed {
 		return nil, nil
 	}
-	h, ok := s.cfg.Handlers[p.spec.Handler]
+	h, ok := s.handlers.get(p.spec.Handler)
 	if !ok {
 		return nil, wrongState("runtime handler %q of pod %s is not configured any more (%s): put it back, or remove the pod",
 			p.spec.Handler, p.spec.ID, s.handlerNames())
@@ -90,27 +130,30 @@ func (s *Service) checkSupport(p *pod, config *runtimeapi.ContainerConfig, spec 
 	if _, err := s.runtimeOf(p, false); err != nil {
 		return err
 	}
-	h := s.cfg.Handlers[name]
+	h, _ := s.handlers.get(name)
 	lacks := func(where, what string) error {
-		return unsupported("%s: runtime handler %q does not say that it knows %s (`%s features`); the default handler knows it",
-			where, name, what, h.Path)
+		return wrongState("%s: runtime handler %q does not say that it knows %s (`%s features`), and might leave it out in silence; "+
+			"the default handler knows it", where, name, what, h.Path)
 	}
+	images := map[string]bool{}
 	for _, m := range config.GetMounts() {
-		options := slices.Clone(m.GetMountOptions())
-		if m.GetRecursiveReadOnly() {
-			options = append(options, "rro")
-		}
-		for _, o := range options {
-			if slices.Contains(recursive, o) && !slices.Contains(h.Facts.MountOptions, o) {
-				return lacks("mount "+m.GetContainerPath(), "the mount option "+o)
+		images[filepath.Clean(m.GetContainerPath())] = m.GetImage().GetImage() != "" // nothing is mounted in one
+	}
+	for _, m := range spec.Mounts { // those of CDI devices, too
+		for _, o := range m.Options {
+			if slices.Contains(recursive, o) && !images[m.Destination] && !slices.Contains(h.Facts.MountOptions, o) {
+				return lacks("mount "+m.Destination, "the mount option "+o)
 			}
 		}
 	}
-	if h.Facts.NoSeccomp && spec.Linux.Seccomp != nil {
+	if spec.Linux.Seccomp != nil && !h.Facts.Seccomp {
 		return lacks("seccomp profile", "seccomp")
 	}
+	if spec.Process.ApparmorProfile != "" && !h.Facts.AppArmor {
+		return lacks("apparmor profile", "AppArmor")
+	}
 	if p.spec.Sandboxed && config.GetLinux().GetSecurityContext().GetNamespaceOptions().GetPid() == runtimeapi.NamespaceMode_TARGET {
-		return unsupported("pid namespace mode TARGET: the containers of runtime handler %q live in a sandbox, where they have no "+
+		return wrongState("pid namespace mode TARGET: the containers of runtime handler %q live in a sandbox, where they have no "+
 			"processes that the node could name; use mode POD", name)
 	}
 	return nil
@@ -119,9 +162,10 @@ func (s *Service) checkSupport(p *pod, config *runtimeapi.ContainerConfig, spec 
 // runtimeHandlers lists the handlers for Status, the default one first.
 func (s *Service) runtimeHandlers() []*runtimeapi.RuntimeHandler {
 	out := []*runtimeapi.RuntimeHandler{{Features: &runtimeapi.RuntimeHandlerFeatures{RecursiveReadOnlyMounts: true}}}
-	for _, name := range slices.Sorted(maps.Keys(s.cfg.Handlers)) {
+	all := s.handlers.all()
+	for _, name := range slices.Sorted(maps.Keys(all)) {
 		out = append(out, &runtimeapi.RuntimeHandler{Name: name, Features: &runtimeapi.RuntimeHandlerFeatures{
-			RecursiveReadOnlyMounts: slices.Contains(s.cfg.Handlers[name].Facts.MountOptions, "rro")}})
+			RecursiveReadOnlyMounts: slices.Contains(all[name].Facts.MountOptions, "rro")}})
 	}
 	return out
 }

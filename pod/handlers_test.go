@@ -22,7 +22,7 @@ func (h *harness) withHandlers(handlers map[string]Handler) string {
 		h.t.Fatal(err)
 	}
 	for name, handler := range handlers {
-		handler.Path = program
+		handler.Path, handler.Facts.Version = program, "test 1"
 		handlers[name] = handler
 	}
 	h.cfg.Handlers = handlers
@@ -114,7 +114,7 @@ func TestAHandlerWithSandboxesMakesThePauseProcessToo(t *testing.T) {
 	target.Linux = &runtimeapi.LinuxContainerConfig{SecurityContext: &runtimeapi.LinuxContainerSecurityContext{
 		NamespaceOptions: &runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_TARGET, TargetId: id}}}
 	_, err := h.tryCreate(pod, target)
-	wantCode(t, err, codes.Unimplemented)
+	wantCode(t, err, codes.FailedPrecondition)
 
 	// The end of the sandbox is the end of the pod, seen or not.
 	h.restart(func() {
@@ -123,6 +123,42 @@ func TestAHandlerWithSandboxesMakesThePauseProcessToo(t *testing.T) {
 		}
 	})
 	eventually(t, func() bool { return h.sandbox(pod).State == runtimeapi.PodSandboxState_SANDBOX_NOTREADY })
+}
+
+// TestAHandlerThatComesBack: a program that is being replaced while the daemon starts is asked again.
+func TestAHandlerThatComesBack(t *testing.T) {
+	h := newHarness(t)
+	program := filepath.Join(t.TempDir(), "runtime")
+	h.cfg.Handlers = map[string]Handler{"late": {Path: program}}
+	h.restart(nil)
+	_, err := h.runBy("late", h.podConfig("p"))
+	wantCode(t, err, codes.FailedPrecondition)
+	if err := os.WriteFile(program, []byte("#!/bin/sh\nprintf 'late 2\\n+SECCOMP\\n'\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	h.mustRunBy("late", h.podConfig("p"))
+	if got := h.handlers.all()["late"].Facts; got.Version != "late 2" || !got.Seccomp {
+		t.Errorf("it is known as %+v", got)
+	}
+}
+
+// TestLimitsInASandbox: a runtime that keeps a pod's containers in one sandbox gets no limits of a single one.
+func TestLimitsInASandbox(t *testing.T) {
+	h := newHarness(t)
+	h.cfg.Host.Controllers = map[string]bool{"memory": true}
+	h.withHandlers(map[string]Handler{"runsc": {Sandbox: true}})
+	pod := h.mustRunBy("runsc", h.podConfig("p"))
+	config := shell("c", "sleep 1000")
+	config.Linux.Resources = &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 64 << 20}
+	st := h.status(h.create(pod, config))
+	if !strings.Contains(st.Message, "one sandbox") || st.Resources.Linux.MemoryLimitInBytes != 0 {
+		t.Errorf("message %q, in force %v", st.Message, st.Resources.Linux)
+	}
+	h.cfg.Host.Strict = true
+	h.restart(nil)
+	config.Metadata.Attempt = 1
+	_, err := h.tryCreate(pod, config)
+	wantCode(t, err, codes.FailedPrecondition)
 }
 
 func TestAPodOutlivesItsHandlersConfiguration(t *testing.T) {
@@ -155,7 +191,7 @@ func TestAPodOutlivesItsHandlersConfiguration(t *testing.T) {
 
 func TestWhatAHandlerDoesNotSupportIsRefused(t *testing.T) {
 	h := newHarness(t)
-	h.withHandlers(map[string]Handler{"old": {Facts: ctr.RuntimeFacts{NoSeccomp: true}}, "new": {Facts: ctr.RuntimeFacts{MountOptions: []string{"ro", "rro"}}}})
+	h.withHandlers(map[string]Handler{"old": {}, "new": {Facts: ctr.RuntimeFacts{MountOptions: []string{"ro", "rro"}, Seccomp: true}}})
 	dir := t.TempDir()
 	recursive := func(m *runtimeapi.Mount) { m.Readonly, m.RecursiveReadOnly = true, true }
 	option := func(m *runtimeapi.Mount) { m.MountOptions = []string{"rnoexec"} }
@@ -167,10 +203,10 @@ func TestWhatAHandlerDoesNotSupportIsRefused(t *testing.T) {
 		says    string
 	}{
 		{handler: "", change: recursive}, {handler: "new", change: recursive},
-		{handler: "old", change: recursive, want: codes.Unimplemented, says: "the mount option rro"},
-		{handler: "new", change: option, want: codes.Unimplemented, says: "the mount option rnoexec"},
+		{handler: "old", change: recursive, want: codes.FailedPrecondition, says: "the mount option rro"},
+		{handler: "new", change: option, want: codes.FailedPrecondition, says: "the mount option rnoexec"},
 		{handler: "new", seccomp: true},
-		{handler: "old", seccomp: true, want: codes.Unimplemented, says: "seccomp"},
+		{handler: "old", seccomp: true, want: codes.FailedPrecondition, says: "seccomp"},
 	} {
 		pod := h.mustRunBy(tc.handler, h.podConfig("p"))
 		config := shell("c", "sleep 1000")
@@ -206,7 +242,7 @@ func TestWhatAHandlerDoesNotSupportIsRefused(t *testing.T) {
 	if want := "+rro new+rro old"; strings.Join(got, " ") != want {
 		t.Errorf("handlers %q, want %q", got, want)
 	}
-	if !strings.Contains(status.Info["config"], `"noSeccomp":true`) {
+	if !strings.Contains(status.Info["config"], `"seccomp":true`) {
 		t.Errorf("verbose status has no handlers: %s", status.Info["config"])
 	}
 }

@@ -75,6 +75,10 @@ func newHarness(t testing.TB) *harness {
 		if err := unpin(node); err != nil {
 			t.Error(err)
 		}
+		// A SPDY connection that was closed at both ends waits a second for somebody to ask why.
+		for end := time.Now().Add(3 * time.Second); goleak.Find(goroutines...) != nil && time.Now().Before(end); {
+			time.Sleep(50 * time.Millisecond)
+		}
 		goleak.VerifyNone(t, goroutines...)
 	})
 	return h

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 
+	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -73,15 +74,23 @@ func hasLabels(labels, want map[string]string) bool {
 	return true
 }
 
-// streamChunk keeps one message of a stream far below gRPC's limit of 4 MiB.
-const streamChunk = 100
+// streamChunk is the size, in bytes, from which on a message of a stream is sent: far below gRPC's limit of 4 MiB.
+// Annotations alone may be 256 KiB an item.
+const streamChunk = 1 << 20
 
 // stream sends items in lists of at least one.
-func stream[T any](items []T, send func([]T) error) error {
-	for chunk := range slices.Chunk(items, streamChunk) {
+func stream[T proto.Message](items []T, send func([]T) error) error {
+	var chunk []T
+	size := 0
+	for i, item := range items {
+		chunk = append(chunk, item)
+		if size += proto.Size(item); size < streamChunk && i < len(items)-1 {
+			continue
+		}
 		if err := send(chunk); err != nil {
 			return err
 		}
+		chunk, size = nil, 0
 	}
 	return nil
 }

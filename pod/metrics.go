@@ -106,7 +106,7 @@ func (s *Service) listPodMetrics(ctx context.Context) ([]*runtimeapi.PodSandboxM
 	v, done := s.survey(ctx)
 	defer done()
 	disk := s.disk()
-	return lookAtAll(ctx, s.readyPods(), func(p *pod) *runtimeapi.PodSandboxMetrics {
+	return lookAtAll(ctx, s, s.readyPods(), func(p *pod) *runtimeapi.PodSandboxMetrics {
 		metrics, err := v.podMetrics(p, disk)
 		return told(v, "pod", p.spec.ID, metrics, err)
 	})

@@ -50,7 +50,7 @@ func (s *Service) Status(ctx context.Context, req *runtimeapi.StatusRequest) (*r
 	}
 	config, err := json.Marshal(map[string]any{
 		"version": s.cfg.Version, "policy": s.cfg.Policy, "runtimeDir": s.cfg.RuntimeDir, "dataDir": s.cfg.DataDir,
-		"streamAddress": s.streams.Addr(), "handlers": s.cfg.Handlers, "keeper": keeper, "system": s.cfg.SysInfo, "network": s.deps.Network.Info(),
+		"streamAddress": s.streams.Addr(), "handlers": s.handlers.all(), "keeper": keeper, "system": s.cfg.SysInfo, "network": s.deps.Network.Info(),
 	})
 	if err != nil {
 		return nil, grpcError(fmt.Errorf("encode verbose info: %w", err))

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -50,6 +51,9 @@ type pod struct {
 	dir    string // in the runtime directory: namespaces, files, status
 	status *record[podStatus]
 	cpu    cpuMeter
+
+	announced atomic.Bool // events have told of its creation
+	stopTold  atomic.Bool // and of its end
 }
 
 func newPod(spec podSpec, dir string, status podStatus) *pod {
@@ -70,13 +74,25 @@ func (st podStatus) state() runtimeapi.PodSandboxState {
 
 // stopped makes the pod NotReady, and tells it; that says nothing about what is still held.
 func (s *Service) stopped(p *pod) {
-	changed := false
 	s.recorded(p.spec.ID, p.status.fact(func(st *podStatus) {
-		if changed = st.StoppedAt.IsZero(); changed {
+		if st.StoppedAt.IsZero() {
 			st.StoppedAt = time.Now()
 		}
 	}))
-	if changed && p.visible() {
+	s.tellStop(p)
+}
+
+// announce tells of a pod that RunPodSandbox has made.
+func (s *Service) announce(p *pod) {
+	s.publish(runtimeapi.ContainerEventType_CONTAINER_CREATED_EVENT, p, p.spec.ID)
+	s.publish(runtimeapi.ContainerEventType_CONTAINER_STARTED_EVENT, p, p.spec.ID)
+	p.announced.Store(true)
+	s.tellStop(p) // its pause process may be dead already
+}
+
+// tellStop tells of the end of a pod once, and never before its creation.
+func (s *Service) tellStop(p *pod) {
+	if p.announced.Load() && !p.status.snapshot().StoppedAt.IsZero() && p.stopTold.CompareAndSwap(false, true) {
 		s.publish(runtimeapi.ContainerEventType_CONTAINER_STOPPED_EVENT, p, p.spec.ID)
 	}
 }

@@ -47,6 +47,8 @@ func (s *Service) loadPods(ctx context.Context) error {
 			status = podStatus{ReadyAt: spec.CreatedAt, StoppedAt: time.Now()}
 		}
 		p := newPod(spec, dir, status)
+		p.announced.Store(true) // by the daemon before
+		p.stopTold.Store(!status.StoppedAt.IsZero())
 		if !known {
 			s.recorded(id, p.status.save()) // a full disk must not keep the daemon, which could make room, from starting
 		}

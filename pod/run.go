@@ -19,7 +19,8 @@ import (
 // runPod makes a sandbox, or leaves nothing.
 func (s *Service) runPod(ctx context.Context, req *runtimeapi.RunPodSandboxRequest) (string, error) {
 	config := req.GetConfig()
-	if err := s.checkHandler(req.GetRuntimeHandler()); err != nil {
+	handler, err := s.checkHandler(ctx, req.GetRuntimeHandler())
+	if err != nil {
 		return "", err
 	}
 	if err := validatePod(config); err != nil {
@@ -30,7 +31,7 @@ func (s *Service) runPod(ctx context.Context, req *runtimeapi.RunPodSandboxReque
 	}
 	spec := podSpec{
 		ID: newID(), CreatedAt: time.Now(), Handler: req.GetRuntimeHandler(),
-		Sandboxed: s.cfg.Handlers[req.GetRuntimeHandler()].Sandbox,
+		Sandboxed: handler.Sandbox,
 		Hostname:  config.GetHostname(), Config: podConfig{config},
 	}
 	if spec.Hostname == "" {
@@ -51,8 +52,7 @@ func (s *Service) runPod(ctx context.Context, req *runtimeapi.RunPodSandboxReque
 	if err := s.makePod(ctx, p, back); err != nil {
 		return "", errors.Join(fmt.Errorf("run pod %s: %w", spec.ID, err), back.run(ctx))
 	}
-	s.publish(runtimeapi.ContainerEventType_CONTAINER_CREATED_EVENT, p, spec.ID)
-	s.publish(runtimeapi.ContainerEventType_CONTAINER_STARTED_EVENT, p, spec.ID)
+	s.announce(p)
 	return spec.ID, nil
 }
 
@@ -135,19 +135,19 @@ func (s *Service) furnish(ctx context.Context, p *pod, back *undo) (podFacts, er
 	var facts podFacts
 	group, ctx := errgroup.WithContext(ctx)
 	attached := make(chan struct{})
-	group.Go(func() (err error) {
+	group.Go(s.guarded(func() (err error) {
 		defer close(attached)
 		facts.net, err = s.attach(ctx, p, back)
 		return err
-	})
-	group.Go(func() (err error) {
+	}))
+	group.Go(s.guarded(func() (err error) {
 		if p.spec.Sandboxed {
 			<-attached // a sandbox takes the addresses over that it finds at its start
 		}
 		facts.pause, err = s.startPause(ctx, p, back)
 		return err
-	})
-	group.Go(func() error {
+	}))
+	group.Go(s.guarded(func() error {
 		if err := p.mountShm(); err != nil {
 			return err
 		}
@@ -157,7 +157,7 @@ func (s *Service) furnish(ctx context.Context, p *pod, back *undo) (podFacts, er
 		}
 		back.push("log directory", func(context.Context) error { return takeBack() })
 		return s.writeFiles(p)
-	})
+	}))
 	return facts, group.Wait()
 }
 
@@ -236,7 +236,7 @@ func (s *Service) podNamespaces(p *pod) ctr.Namespaces {
 // cgroupOf is the cgroup of a process of the pod, "" where there are none.
 func (p *pod) cgroupOf(id string) string {
 	parent := p.status.snapshot().Cgroup
-	if parent == "" {
+	if parent == "" || p.spec.Sandboxed && id != p.spec.ID { // the containers live in the sandbox's
 		return ""
 	}
 	return path.Join(parent, id)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -36,17 +37,18 @@ type Condition struct {
 	Message string // for people: what is missing, and what to do
 }
 
-// Service is the CRI RuntimeService. RPCs that it does not have answer Unimplemented.
+// Service is the CRI RuntimeService.
 type Service struct {
 	runtimeapi.UnimplementedRuntimeServiceServer
 
-	cfg     Config
-	deps    Deps
-	store   *store
-	index   *index
-	events  *eventLog
-	boot    atomic.Pointer[string] // the keeper's boot id
-	streams *streaming.Server
+	cfg      Config
+	deps     Deps
+	store    *store
+	index    *index
+	events   *eventLog
+	handlers handlers
+	boot     atomic.Pointer[string] // the keeper's boot id
+	streams  *streaming.Server
 
 	stop context.CancelFunc
 	wg   sync.WaitGroup // the watcher
@@ -65,7 +67,7 @@ func Open(ctx context.Context, cfg Config, deps Deps) (*Service, error) {
 	if err := ctr.EnsurePause(pauseDir(cfg)); err != nil {
 		return nil, fmt.Errorf("make pause root: %w", err)
 	}
-	s := &Service{cfg: cfg, deps: deps, store: store, index: newIndex(), events: newEventLog()}
+	s := &Service{cfg: cfg, deps: deps, store: store, index: newIndex(), events: newEventLog(), handlers: handlers{byName: maps.Clone(cfg.Handlers)}}
 	seq, err := s.recoverAll(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("recover pods: %w", err)

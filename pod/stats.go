@@ -32,7 +32,7 @@ func (s *Service) listContainerStats(ctx context.Context, f *runtimeapi.Containe
 	})
 	v, done := s.survey(ctx)
 	defer done()
-	return lookAtAll(ctx, chosen, func(c *container) *runtimeapi.ContainerStats {
+	return lookAtAll(ctx, s, chosen, func(c *container) *runtimeapi.ContainerStats {
 		stats, err := v.ofContainer(c)
 		return told(v, "container", c.spec.ID, stats, err)
 	})
@@ -56,7 +56,7 @@ func (s *Service) listPodStats(ctx context.Context, f *runtimeapi.PodSandboxStat
 	})
 	v, done := s.survey(ctx)
 	defer done()
-	return lookAtAll(ctx, chosen, func(p *pod) *runtimeapi.PodSandboxStats {
+	return lookAtAll(ctx, s, chosen, func(p *pod) *runtimeapi.PodSandboxStats {
 		stats, err := v.ofPod(p)
 		return told(v, "pod", p.spec.ID, stats, err)
 	})
@@ -68,17 +68,17 @@ func (s *Service) readyPods() []*pod {
 }
 
 // lookAtAll looks at several things side by side and returns what it finds in their order, without the nils.
-func lookAtAll[T, R any](ctx context.Context, things []T, look func(T) *R) ([]*R, error) {
+func lookAtAll[T, R any](ctx context.Context, s *Service, things []T, look func(T) *R) ([]*R, error) {
 	found := make([]*R, len(things))
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(statsParallel)
 	for i, thing := range things {
-		group.Go(func() error {
+		group.Go(s.guarded(func() error {
 			if ctx.Err() == nil {
 				found[i] = look(thing)
 			}
 			return ctx.Err()
-		})
+		}))
 	}
 	if err := group.Wait(); err != nil {
 		return nil, err

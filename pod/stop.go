@@ -44,7 +44,7 @@ func (s *Service) onPod(ctx context.Context, verb, id string, do func(context.Co
 func (s *Service) stopPodLocked(ctx context.Context, p *pod) error {
 	group, killCtx := errgroup.WithContext(ctx)
 	for _, c := range s.index.allContainers(p.spec.ID) {
-		group.Go(func() error { return s.kill(killCtx, c) })
+		group.Go(s.guarded(func() error { return s.kill(killCtx, c) }))
 	}
 	if err := group.Wait(); err != nil {
 		return err
@@ -131,7 +131,7 @@ func (s *Service) removePodLocked(ctx context.Context, p *pod) error {
 	}
 	group, removeCtx := errgroup.WithContext(ctx)
 	for _, c := range s.index.allContainers(p.spec.ID) {
-		group.Go(func() error { return s.removeContainerLocked(removeCtx, c) })
+		group.Go(s.guarded(func() error { return s.removeContainerLocked(removeCtx, c) }))
 	}
 	if err := group.Wait(); err != nil {
 		return err

@@ -336,12 +336,12 @@ func TestClientGone(t *testing.T) {
 // TestClientGoneBehindInput: so does one whose end is behind input that the command does not take, or has closed.
 func TestClientGoneBehindInput(t *testing.T) {
 	for _, test := range []struct {
-		name, script string
-		messages     int
+		name, script   string
+		messages, size int
 	}{
-		// The pipe takes two, who copies into it keeps the third, who reads the fourth, and the kernel the fifth.
-		{"not taken", "sleep 1000", 5},
-		{"closed", "exec 0<&-; sleep 1000", 1000},
+		// The pipe takes 64 KiB, those who copy keep some of the rest, and the kernel has room for what is left and the end.
+		{"not taken", "sleep 1000", 80, 1 << 10},
+		{"closed", "exec 0<&-; sleep 1000", 1000, 32 << 10},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			h := newHarness(t)
@@ -359,7 +359,7 @@ func TestClientGoneBehindInput(t *testing.T) {
 				t.Fatal(err)
 			}
 			for range test.messages {
-				if err := ws.WriteMessage(websocket.BinaryMessage, make([]byte, 32<<10)); err != nil { // to channel 0
+				if err := ws.WriteMessage(websocket.BinaryMessage, make([]byte, test.size)); err != nil { // to channel 0
 					t.Fatal(err)
 				}
 			}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/encoding/protojson"
@@ -108,6 +109,9 @@ func (s *Service) updateContainerLocked(ctx context.Context, c *container, wante
 	if err != nil {
 		return err
 	}
+	// The keeper finishes what it has begun: what is in force and what is on record must not part when a caller hangs up.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), updateTimeout)
+	defer cancel()
 	running := state == runtimeapi.ContainerState_CONTAINER_RUNNING
 	if running && next.Linux != nil {
 		if err := s.deps.Containers.Update(ctx, c.spec.ID, next.Linux); err != nil {
@@ -117,10 +121,13 @@ func (s *Service) updateContainerLocked(ctx context.Context, c *container, wante
 	err = c.status.transition(func(st *containerStatus) { st.Update = next })
 	if before := c.oci().Linux.Resources; err != nil && running && before != nil {
 		// What is on disk is in force: the old limits come back.
-		s.log("take back resources", c.spec.ID, s.deps.Containers.Update(context.WithoutCancel(ctx), c.spec.ID, before))
+		s.log("take back resources", c.spec.ID, s.deps.Containers.Update(ctx, c.spec.ID, before))
 	}
 	return err
 }
+
+// updateTimeout is longer than the keeper may need, which bounds a runtime program's time.
+const updateTimeout = 2 * time.Minute
 
 // resolveUpdate finds what is to be in force.
 func (s *Service) resolveUpdate(c *container, wanted *runtimeapi.LinuxContainerResources) (*resourceUpdate, error) {
@@ -215,7 +222,11 @@ func (s *Service) setPodResources(p *pod, overhead, resources *runtimeapi.LinuxC
 	if err := s.weighPod(p, next.Overhead.LinuxContainerResources, next.Resources.LinuxContainerResources); err != nil {
 		return err
 	}
-	return p.status.transition(func(st *podStatus) { st.Resources = next })
+	err := p.status.transition(func(st *podStatus) { st.Resources = next })
+	if err != nil {
+		s.log("take back the weight of a pod", p.spec.ID, s.weighPod(p, oldOverhead, oldResources))
+	}
+	return err
 }
 
 // weighPod gives the pod's cgroup the weight of its shares, and checks the rest.

@@ -31,6 +31,8 @@ type Record struct {
 	Cgroup      string    `json:"cgroup"`      // the node's cgroup directory as the host sees it, "" for none
 	CgroupFound string    `json:"cgroupFound"` // a sentence
 	CgroupHint  string    `json:"cgroupHint"`  // what to run to get the rest, "" for nothing
+	// CgroupAttempts are sentences, one for each place where a cgroup was looked for, in order.
+	CgroupAttempts []string `json:"cgroupAttempts,omitempty"`
 }
 
 // Alive tells whether the recorded parent runs.

@@ -73,12 +73,12 @@ delegate() {
 	mount=$(awk '$3 == "cgroup2" { print $2; exit }' /proc/mounts)
 	[ -n "$mount" ] || return 0
 	# The controllers that containers need are enabled on the way; those that cannot be are left out.
-	for c in cpu cpuset io memory pids; do
+	for c in cpu cpuset hugetlb io memory pids; do
 		{ echo "+$c" >"$mount/cgroup.subtree_control"; } 2>/dev/null || true
 	done
 	dir=$mount/$TEST_USER.$$
 	mkdir -p "$dir/session" 2>/dev/null || return 0
-	for c in cpu cpuset io memory pids; do
+	for c in cpu cpuset hugetlb io memory pids; do
 		{ echo "+$c" >"$dir/cgroup.subtree_control"; } 2>/dev/null || true
 	done
 	for c in "$dir" "$dir/session"; do

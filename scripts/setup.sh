@@ -1,21 +1,22 @@
 #!/bin/bash
-# Makes a fresh Debian or Ubuntu ready for coracle: `scripts/setup.sh [--demo | --test | --kube] [--user NAME]`.
+# Makes a fresh Debian or Ubuntu ready for coracle: `scripts/setup.sh [--demo | --test | --vm | --kube] [--user NAME]`.
 #
 # Says what it is going to change and why before it does, uses sudo where it is not started as root, and does, asks
 # and prints nothing where nothing is missing. --demo adds what the demo and the benchmark need, --test what the
-# end-to-end tests need, --kube what a Kubernetes cluster needs beside; --user names the account that is going to run
-# coracle (default: the calling one).
+# end-to-end tests need, --vm what those in a virtual machine need besides, --kube what a Kubernetes cluster needs;
+# --user names the account that is going to run coracle (default: the calling one).
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
-user=$(id -un) demo='' test='' kube=''
+user=$(id -un) demo='' test='' vm='' kube=''
 while [ $# -gt 0 ]; do
 	case $1 in
 	--demo) demo=1 ;;
 	--test) demo=1 test=1 ;;
+	--vm) demo=1 vm=1 ;;
 	--kube) demo=1 kube=1 ;;
 	--user) user=$2 && shift ;;
-	*) die "usage: setup.sh [--demo | --test | --kube] [--user NAME]" ;;
+	*) die "usage: setup.sh [--demo | --test | --vm | --kube] [--user NAME]" ;;
 	esac
 	shift
 done
@@ -48,6 +49,11 @@ packages() {
 	[ -z "$test" ] || cat <<-END
 		debootstrap    builds the test image of a real distribution
 		zstd           packs it
+	END
+	[ -z "$vm" ] || cat <<-END
+		qemu-system-x86 runs the test VM
+		debootstrap    builds its root file system
+		e2fsprogs      mke2fs makes disks of directories
 	END
 }
 
@@ -146,3 +152,4 @@ add_subids
 open_tun
 check_userns
 [ -z "$test" ] || "$REPO/scripts/debian-rootfs.sh"
+[ -z "$vm" ] || "$REPO/scripts/vm-image.sh"

@@ -59,7 +59,11 @@ func runDoctor(ctx context.Context, c config, out io.Writer) error {
 	}
 	report("network driver "+c.Network.Driver, netslirp.CheckDriver(driverConfig(c, io.Discard)))
 	report("pod CIDR "+c.Network.PodCIDR, netslirp.CheckPodCIDR(c.Network.PodCIDR))
-	if hidden, _ := netslirp.HiddenFromPods(c.Network.PodCIDR); len(hidden) > 0 { // a node starts all the same
+	hidden, err := netslirp.HiddenFromPods(c.Network.PodCIDR)
+	if err != nil {
+		fmt.Fprintf(out, "note  whether the pod CIDR overlaps networks of this host cannot be told: %v\n", err)
+	}
+	if len(hidden) > 0 { // a node starts all the same
 		fmt.Fprintf(out, "note  pods do not reach %s of this host, which the pod CIDR overlaps\n"+
 			"      if they should, choose another for them, as with: --pod-cidr 10.89.0.0/16\n", strings.Join(hidden, ", "))
 	}
@@ -77,6 +81,9 @@ func runDoctor(ctx context.Context, c config, out io.Writer) error {
 		report("cgroup: "+delegation.Sentence, nil)
 	default: // a node starts all the same, with less
 		fmt.Fprintf(out, "note  cgroup: %s\n      %s\n", delegation.Sentence, delegation.Hint)
+		for i, attempt := range delegation.Attempts {
+			fmt.Fprintf(out, "      tried %d: %s\n", i+1, attempt)
+		}
 	}
 	if bad > 0 {
 		return fmt.Errorf("a node cannot start here; failed checks: %d", bad)

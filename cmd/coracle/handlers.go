@@ -11,6 +11,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/coracle-cri/coracle/ctr"
 	"github.com/coracle-cri/coracle/pod"
@@ -87,16 +88,23 @@ func askHandler(ctx context.Context, h handlerConfig) (string, ctr.RuntimeFacts,
 	return path, facts, err
 }
 
-// podHandlers makes what the CRI service knows of handlers. A program that does not answer now is logged, and refused
-// when a pod asks for it.
+// podHandlers makes what the CRI service knows of handlers. A program that does not answer now is logged, and asked
+// again when a pod wants it.
 func podHandlers(ctx context.Context, handlers map[string]handlerConfig, log *slog.Logger) map[string]pod.Handler {
+	var mu sync.Mutex
+	var asked sync.WaitGroup // side by side: a program that hangs holds up the start of a daemon for its own time only
 	out := map[string]pod.Handler{}
 	for name, h := range handlers {
-		path, facts, err := askHandler(ctx, h)
-		if err != nil {
-			log.Error("runtime handler does not work", "handler", name, "error", err)
-		}
-		out[name] = pod.Handler{Path: path, Args: h.Args, Sandbox: h.Sandbox, Facts: facts}
+		asked.Go(func() {
+			path, facts, err := askHandler(ctx, h)
+			if err != nil {
+				log.Error("runtime handler does not work", "handler", name, "error", err)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			out[name] = pod.Handler{Path: path, Args: h.Args, Sandbox: h.Sandbox, Facts: facts}
+		})
 	}
+	asked.Wait()
 	return out
 }

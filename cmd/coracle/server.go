@@ -13,7 +13,6 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/reflection"
@@ -50,7 +49,7 @@ func newServer(ctx context.Context, c grpcConfig, runtime runtimeapi.RuntimeServ
 	runtimeapi.RegisterRuntimeServiceServer(s, runtime)
 	runtimeapi.RegisterImageServiceServer(s, images)
 	if c.Health {
-		healthpb.RegisterHealthServer(s, health.NewServer())
+		healthpb.RegisterHealthServer(s, prober{runtime: runtime})
 	}
 	if c.Reflection {
 		reflection.Register(s)
@@ -84,6 +83,32 @@ func logCall(ctx context.Context, log *slog.Logger, method string, began time.Ti
 		level = slog.LevelDebug
 	}
 	log.Log(ctx, level, "call", "method", method, "took", time.Since(began), "err", err)
+}
+
+// prober is the health service: healthy while the conditions of the CRI's Status are true that a kubelet needs.
+type prober struct {
+	healthpb.UnimplementedHealthServer
+	runtime runtimeapi.RuntimeServiceServer
+}
+
+// Check takes "", for the whole server, and the names of the CRI's services.
+func (p prober) Check(ctx context.Context, req *healthpb.HealthCheckRequest) (*healthpb.HealthCheckResponse, error) {
+	switch req.GetService() {
+	case "", runtimeapi.RuntimeService_ServiceDesc.ServiceName, runtimeapi.ImageService_ServiceDesc.ServiceName:
+	default:
+		return nil, status.Errorf(codes.NotFound, "service %q is not served here", req.GetService())
+	}
+	resp, err := p.runtime.Status(ctx, &runtimeapi.StatusRequest{})
+	if err != nil {
+		return nil, err
+	}
+	answer := &healthpb.HealthCheckResponse{Status: healthpb.HealthCheckResponse_SERVING}
+	for _, c := range resp.GetStatus().GetConditions() {
+		if !c.GetStatus() && (c.GetType() == runtimeapi.RuntimeReady || c.GetType() == runtimeapi.NetworkReady) {
+			answer.Status = healthpb.HealthCheckResponse_NOT_SERVING
+		}
+	}
+	return answer, nil
 }
 
 // errEnding is what a stream's client is told when the daemon ends.

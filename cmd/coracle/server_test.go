@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -50,6 +51,17 @@ func (behaviour) StreamContainers(*runtimeapi.StreamContainersRequest, runtimeap
 
 func (behaviour) ExecSync(_ context.Context, req *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
 	return &runtimeapi.ExecSyncResponse{Stdout: bytes.Repeat([]byte{'x'}, 16<<20), Stderr: bytes.Repeat([]byte{'x'}, 16<<20)}, nil
+}
+
+// conditions is a RuntimeService that is ready or not.
+type conditions struct {
+	runtimeapi.UnimplementedRuntimeServiceServer
+	ready atomic.Bool
+}
+
+func (c *conditions) Status(context.Context, *runtimeapi.StatusRequest) (*runtimeapi.StatusResponse, error) {
+	return &runtimeapi.StatusResponse{Status: &runtimeapi.RuntimeStatus{Conditions: []*runtimeapi.RuntimeCondition{
+		{Type: runtimeapi.RuntimeReady, Status: true}, {Type: runtimeapi.NetworkReady, Status: c.ready.Load()}, {Type: "ResourceLimits"}}}}, nil
 }
 
 type noImages struct {
@@ -194,8 +206,25 @@ func TestExtraServices(t *testing.T) {
 	health, reflect := ask(conn)
 	wantCode(t, health, codes.Unimplemented)
 	wantCode(t, reflect, codes.Unimplemented)
-	conn, _, _ = startServer(t, grpcConfig{Reflection: true, Health: true}, behaviour{})
+	node := &conditions{}
+	conn, _, _ = startServer(t, grpcConfig{Reflection: true, Health: true}, node)
 	if health, reflect := ask(conn); health != nil || reflect != nil {
 		t.Errorf("health %v, reflection %v", health, reflect)
+	}
+	for _, tc := range []struct {
+		service string
+		ready   bool
+		want    healthpb.HealthCheckResponse_ServingStatus
+		code    codes.Code
+	}{
+		{"", true, healthpb.HealthCheckResponse_SERVING, codes.OK}, {"runtime.v1.RuntimeService", false, healthpb.HealthCheckResponse_NOT_SERVING, codes.OK},
+		{"runtime.v1.ImageService", true, healthpb.HealthCheckResponse_SERVING, codes.OK}, {"nonsense", true, 0, codes.NotFound},
+	} {
+		node.ready.Store(tc.ready)
+		resp, err := healthpb.NewHealthClient(conn).Check(context.Background(), &healthpb.HealthCheckRequest{Service: tc.service})
+		wantCode(t, err, tc.code)
+		if resp.GetStatus() != tc.want {
+			t.Errorf("%q, ready %v: %v", tc.service, tc.ready, resp.GetStatus())
+		}
 	}
 }

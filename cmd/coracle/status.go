@@ -59,6 +59,11 @@ func printStatus(ctx context.Context, node rootless.Node, verbose bool, out io.W
 	if record.CgroupHint != "" {
 		fmt.Fprintf(w, "\t%s\n", record.CgroupHint)
 	}
+	if verbose {
+		for i, attempt := range record.CgroupAttempts {
+			fmt.Fprintf(w, "cgroup, tried %d\t%s\n", i+1, attempt)
+		}
+	}
 	if err := printDaemon(ctx, node, verbose, w); err != nil {
 		return errors.Join(w.Flush(), fmt.Errorf("the daemon does not answer (the keeper restarts it): %w", err))
 	}

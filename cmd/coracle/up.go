@@ -109,7 +109,10 @@ func runNode(c config, node rootless.Node, out io.Writer) (err error) {
 	defer release()
 	err = runLocked(interrupted, c, node, out)
 	if err != nil && interrupted.Err() != nil {
-		return errInterrupted // the error is about what the signal cut off
+		if !errors.Is(err, errInterrupted) {
+			err = fmt.Errorf("%w: %w", errInterrupted, err)
+		}
+		return err
 	}
 	return err
 }
@@ -123,12 +126,16 @@ func runLocked(interrupted context.Context, c config, node rootless.Node, out io
 	if err != nil {
 		return err
 	}
+	if delegation, err = delegation.Obtain(node.CgroupName()); err != nil {
+		return err
+	}
 	if err := node.MakeDirs(); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, node.Sweep()) }()
 
-	record := rootless.Record{Program: version, Driver: c.Network.Driver, CgroupFound: delegation.Sentence, CgroupHint: delegation.Hint}
+	record := rootless.Record{Program: version, Driver: c.Network.Driver,
+		CgroupFound: delegation.Sentence, CgroupHint: delegation.Hint, CgroupAttempts: delegation.Attempts}
 	if delegation.Path != "" {
 		record.Cgroup = delegation.NodePath(node.CgroupName())
 	}

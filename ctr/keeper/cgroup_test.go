@@ -95,19 +95,38 @@ func TestUpdateSetsAllLimitsOrNone(t *testing.T) {
 	ctx := context.Background()
 	n.create("c1", inCgroup(sh("sleep 1000"), "/c1"))
 	n.start("c1")
-	depth := func() string {
-		raw, err := os.ReadFile("/sys/fs/cgroup/c1/cgroup.max.depth")
+	limit := func(name string) string {
+		raw, err := os.ReadFile("/sys/fs/cgroup/c1/cgroup.max." + name)
 		if err != nil {
 			t.Fatal(err)
 		}
 		return strings.TrimSpace(string(raw))
 	}
-	if err := n.Update(ctx, "c1", &specs.LinuxResources{Unified: map[string]string{"cgroup.max.depth": "7"}}); err != nil || depth() != "7" {
-		t.Errorf("update: %v, depth %s", err, depth())
+	update := func(depth, descendants string) error {
+		return n.Update(ctx, "c1", &specs.LinuxResources{Unified: map[string]string{"cgroup.max.depth": depth, "cgroup.max.descendants": descendants}})
 	}
+	refused := func(depth, descendants string) {
+		before := [2]string{limit("depth"), limit("descendants")}
+		// Which one is written first is left to chance.
+		for range 5 {
+			if err := update(depth, descendants); err == nil {
+				t.Errorf("%s and %s were accepted", depth, descendants)
+			}
+			if now := [2]string{limit("depth"), limit("descendants")}; now != before {
+				t.Fatalf("a refused update has left %v, before it %v", now, before)
+			}
+		}
+	}
+	refused("7", "junk") // nothing has been set before
+	refused("junk", "7")
+	if err := update("7", "8"); err != nil || limit("depth") != "7" || limit("descendants") != "8" {
+		t.Errorf("update: %v, depth %s, descendants %s", err, limit("depth"), limit("descendants"))
+	}
+	refused("9", "junk")
+	refused("junk", "9")
 	if _, err := os.Stat("/sys/fs/cgroup/c1/memory.max"); err != nil {
-		limit := int64(64 << 20)
-		if err := n.Update(ctx, "c1", &specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: &limit}}); err == nil {
+		bytes := int64(64 << 20)
+		if err := n.Update(ctx, "c1", &specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: &bytes}}); err == nil {
 			t.Error("a limit without its controller was accepted")
 		}
 	}

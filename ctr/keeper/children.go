@@ -19,8 +19,9 @@ import (
 // namespace leaves behind, helpers of a daemon that died), and those it reaps.
 //
 // libcontainer and os/exec wait for short-lived children of which only they know the pid, and an OCI runtime program
-// leaves a child to the keeper before it can tell its pid. So no orphan is reaped while a launch is under way: launches hold launching for reading, the reaper takes it for writing if it can at
-// once, and is poked by the end of the launch if it could not.
+// leaves a child to the keeper before it can tell its pid. So no orphan is reaped while a launch is under way: launches
+// hold launching for reading, the reaper takes it for writing if it can at once, and is poked by the end of the launch if
+// it could not.
 type children struct {
 	log       *slog.Logger
 	launching sync.RWMutex
@@ -58,6 +59,14 @@ func (c *children) collect(pid int, wait func()) {
 	defer c.mu.Unlock()
 	wait()
 	delete(c.known, pid)
+}
+
+// own tells whether pid is one of the keeper's own children.
+func (c *children) own(pid int) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	_, own := c.known[pid]
+	return own
 }
 
 // look makes the reaper look again.

@@ -38,6 +38,7 @@ type container struct {
 
 	doomed   atomic.Bool    // every process has been, or is about to be, killed by the keeper
 	op       sync.RWMutex   // one operation at a time; the start of an exec is a reader
+	making   sync.RWMutex   // held for reading while an exec's process is made and not known; within op
 	sessions sync.WaitGroup // execs that run
 
 	record sync.Mutex // held from reading the state to its being on disk; before mu

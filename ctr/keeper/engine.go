@@ -20,9 +20,10 @@ type engine interface {
 	create(ends) (child, error)
 	// start lets the program run. dead is closed at the end of the init process, which also ends a start that waits.
 	start(dead <-chan struct{}) error
-	// exec runs a process in a container that has been started; several at once. The reaper is held off here too.
+	// exec runs a process in a container that has been started; several at once. The reaper is held off here too. On an
+	// error the process may be left; the caller ends it (endStrays).
 	exec(execution) (child, error)
-	// update puts other limits on the container's cgroup, all or none.
+	// update puts other limits on the container's cgroup. On an error some may be in force; the caller has what was.
 	update(*specs.LinuxResources) error
 	// destroy takes away what there is of the container beside processes. Idempotent.
 	destroy() error

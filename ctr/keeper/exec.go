@@ -52,7 +52,7 @@ func (c *container) exec(req *wire.Exec, streams stdStreams) (_ *session, tty *o
 		if c.dies(dyingTimeout) {
 			err = errors.Join(wire.ErrNotRunning, err)
 		}
-		return nil, nil, errors.Join(err, s.removeCgroup(false))
+		return nil, nil, errors.Join(err, s.removeCgroup(true))
 	}
 	c.sessions.Add(1)
 	c.keeper.tasks.Go(func() { defer c.sessions.Done(); s.watch() })
@@ -86,14 +86,20 @@ func (c *container) dies(limit time.Duration) bool {
 	}
 }
 
-// start makes the process and a handle on it.
+// start makes the process and a handle on it. On an error no process is left.
 func (s *session) start(c *container, x execution) error {
+	since, err := clock()
+	if err != nil {
+		return err
+	}
+	c.making.RLock()
 	pid, err := c.keeper.children.launch(func() (_ int, err error) {
 		s.child, err = c.engine.exec(x)
 		return s.child.pid, err
 	})
+	c.making.RUnlock()
 	if err != nil {
-		return fmt.Errorf("start process: %w", err)
+		return errors.Join(fmt.Errorf("start process: %w", err), c.endStrays(x.cgroup, since))
 	}
 	if s.leader, err = openProcess(pid); err != nil {
 		c.keeper.children.collect(pid, func() { err = errors.Join(err, s.child.abort()) })
@@ -166,12 +172,14 @@ func (s *session) watch() {
 func (s *session) kill() error {
 	var err error
 	if s.child.signal != nil {
-		err = s.child.signal(unix.SIGKILL, true)
+		if err = s.child.signal(unix.SIGKILL, true); err != nil && closedWithin(s.exited, endGrace) {
+			err = nil
+		}
 	}
 	if s.cgroup != "" {
 		err = errors.Join(err, killCgroup(s.cgroup))
 	}
-	err = errors.Join(err, killUntilNone(killTimeout, s.members, s.keeper.children.reap))
+	err = errors.Join(err, killUntilNone(s.members, s.keeper.children.reap))
 	if err != nil {
 		return fmt.Errorf("end exec: %w", err)
 	}

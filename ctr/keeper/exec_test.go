@@ -74,6 +74,24 @@ func TestExecHasItsStreamsAndExitCode(t *testing.T) {
 	if code := n.execCode("c1", "/bin/sh", "-c", "read x || exit 11"); code != 11 {
 		t.Errorf("read from no stdin: %d", code)
 	}
+	// Nor is it a file of the node's that takes the place of one among others.
+	r, w := pipe(t)
+	for _, streams := range []ctr.Streams{{}, {Stdout: w}} {
+		s, err := n.Exec(ctx, ctr.ExecRequest{ContainerID: "c1", Streams: streams,
+			Process: process("/bin/sh", "-c", "stat -L -c %t:%T /proc/$$/fd/2; [ $(stat -L -c %t:%T /proc/$$/fd/2) = 1:3 ]")})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if code, err := s.Wait(ctx); code != 0 || err != nil {
+			t.Errorf("stderr of %+v is not /dev/null: exit %d, %v", streams, code, err)
+		}
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	if got := readAll(t, r); got != "1:3\n" {
+		t.Errorf("stderr is %q", got)
+	}
 }
 
 // TestAUserThatIsNotRootCanOpenItsStreams: programs write to /dev/stdout, which opens the pipe again.

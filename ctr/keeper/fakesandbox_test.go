@@ -26,12 +26,14 @@ type sandboxes struct {
 	root                                 string
 	bundle, pidFile, process, insideFile string
 	pid                                  int
+	late                                 bool // it kills what has just ended by itself, and is slow to tell so
 }
 
 func runSandboxes(args []string) error {
 	var s sandboxes
 	global := flag.NewFlagSet("sandboxes", flag.ExitOnError)
 	global.StringVar(&s.root, "root", "", "")
+	global.BoolVar(&s.late, "late", false, "")
 	log := global.String("log", "/dev/null", "")
 	global.String("log-format", "", "")
 	_ = global.Parse(args)
@@ -75,7 +77,7 @@ func (s *sandboxes) spec(id string) (spec specs.Spec, err error) {
 
 // self starts this runtime again for another command, in the background.
 func (s *sandboxes) self(args ...string) error {
-	cmd := exec.Command("/proc/self/exe", append([]string{sandboxesArg, "--root", s.root}, args...)...)
+	cmd := exec.Command("/proc/self/exe", append([]string{sandboxesArg, "--root", s.root, fmt.Sprintf("--late=%t", s.late)}, args...)...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	return cmd.Start()
@@ -207,7 +209,9 @@ func (s *sandboxes) monitorExec(id ...string) error {
 		os.WriteFile(s.pidFile, []byte(strconv.Itoa(os.Getpid())), 0o600)); err != nil {
 		return err
 	}
-	os.Exit(exitStatus(cmd))
+	code := exitStatus(cmd)
+	s.dawdle()
+	os.Exit(code)
 	return nil
 }
 
@@ -218,8 +222,15 @@ func (s *sandboxes) wait(id ...string) error {
 		}
 		time.Sleep(5 * time.Millisecond)
 	}
+	s.dawdle()
 	_, err := fmt.Printf(`{"id":%q,"exitStatus":%s}`+"\n", id[0], s.read(id[0], "exit"))
 	return err
+}
+
+func (s *sandboxes) dawdle() {
+	if s.late {
+		time.Sleep(50 * time.Millisecond)
+	}
 }
 
 func (s *sandboxes) kill(args ...string) error {
@@ -233,6 +244,12 @@ func (s *sandboxes) kill(args ...string) error {
 	sig, err := strconv.Atoi(args[1])
 	if err != nil {
 		return err
+	}
+	if s.late {
+		ended := func() bool { return !alive(strconv.Itoa(pid)) && (s.pid != 0 || s.read(args[0], "exit") != "") }
+		if err := errors.Join(syscall.Kill(pid, syscall.SIGUSR1), await(ended)); err != nil {
+			return err
+		}
 	}
 	return syscall.Kill(pid, syscall.Signal(sig))
 }

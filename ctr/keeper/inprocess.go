@@ -118,9 +118,14 @@ func (e *inProcess) start(dead <-chan struct{}) error {
 		}
 		_ = fifo.SetReadDeadline(time.Unix(1, 0)) // closed: the read is over anyway
 	}()
-	_, err = fifo.Read(make([]byte, 1))
+	var word [1]byte
+	_, err = fifo.Read(word[:])
 	close(passed)
 	<-watched
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		// It is dead. A short program may have come to its end before anybody here read the word that it passed.
+		err = control(fifo, func(fd int) error { _, err := unix.Read(fd, word[:]); return err })
+	}
 	if err != nil {
 		return errors.New("its init process is dead")
 	}

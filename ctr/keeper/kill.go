@@ -43,7 +43,7 @@ func (c *container) empty() error {
 		}
 	}
 	if !c.member.ownPID {
-		if err := killUntilNone(killTimeout, c.members, c.keeper.children.reap); err != nil {
+		if err := killUntilNone(c.members, c.keeper.children.reap); err != nil {
 			return err
 		}
 		c.keeper.children.reapOrphans()
@@ -72,6 +72,30 @@ func (c *container) members() ([]proc, error) {
 		return nil, nil // released: its name may have been another namespace's already while we looked
 	}
 	return found, nil
+}
+
+// endStrays ends what a failed exec has left, as where a runtime program is killed after it has made the process. That is
+// all in its cgroup; without one, the children of the keeper in the container that are younger than since and that nobody
+// knows, with their descendants. Nobody else's are among them, as no exec of the container is being made meanwhile. Only
+// where orphans come to the keeper, in the node's pid namespace, one that another exec has left just now looks the same.
+func (c *container) endStrays(cgroup string, since uint64) error {
+	if cgroup != "" {
+		if err := killCgroup(cgroup); err != nil {
+			return err
+		}
+	}
+	c.making.Lock()
+	defer c.making.Unlock()
+	err := killUntilNone(func() ([]proc, error) {
+		members, err := c.members()
+		return family(members, func(p proc) bool {
+			return p.parent == os.Getpid() && p.start >= since && !c.keeper.children.own(p.pid)
+		}), err
+	}, c.keeper.children.reap)
+	if err != nil {
+		return fmt.Errorf("end what is left of an exec: %w", err)
+	}
+	return nil
 }
 
 func within(path, group string) bool { return path == group || strings.HasPrefix(path, group+"/") }

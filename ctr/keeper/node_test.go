@@ -135,8 +135,11 @@ func TestAKilledKeeperLeavesNoLieOnDisk(t *testing.T) {
 	other.start("runs")
 	other.run("done", sh("exit 3"))
 	kill()
-	for _, id := range []string{"runs", "done"} {
-		_ = os.Remove("/sys/fs/cgroup/" + id) // where there is cgroup2; on a node its tree goes with it
+	for _, id := range []string{"runs", "done"} { // where there is cgroup2; on a node its tree goes with it
+		eventually(t, "nobody is in its cgroup", func() bool {
+			err := os.Remove("/sys/fs/cgroup/" + id)
+			return err == nil || !errors.Is(err, unix.EBUSY)
+		})
 	}
 	next := openNode(t, dir)
 	defer next.end()

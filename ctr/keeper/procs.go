@@ -43,6 +43,15 @@ func readProc(pid int) (proc, error) {
 	return proc{pid: pid, parent: parent, session: session, start: start, zombie: zombie}, nil
 }
 
+// clock is the time in which proc.start counts: hundredths of a second since the boot (USER_HZ).
+func clock() (uint64, error) {
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &now); err != nil {
+		return 0, fmt.Errorf("read clock: %w", err)
+	}
+	return uint64(now.Nano() / int64(10*time.Millisecond)), nil
+}
+
 // allProcs lists every process of the node's pid namespace.
 func allProcs() ([]proc, error) {
 	entries, err := os.ReadDir("/proc")
@@ -107,8 +116,8 @@ func signalProcs(list []proc, sig syscall.Signal) {
 
 // killUntilNone kills what list finds, again and again, because processes may fork while they are being listed,
 // until list finds nothing and all that were killed are dead, or the time is over. reap is called for each.
-func killUntilNone(limit time.Duration, list func() ([]proc, error), reap func(pid int)) error {
-	deadline := time.Now().Add(limit)
+func killUntilNone(list func() ([]proc, error), reap func(pid int)) error {
+	deadline := time.Now().Add(killTimeout)
 	killed := map[int]proc{}
 	for pause := time.Millisecond; ; pause = min(2*pause, 50*time.Millisecond) {
 		found, err := list()
@@ -130,7 +139,7 @@ func killUntilNone(limit time.Duration, list func() ([]proc, error), reap func(p
 			return nil
 		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("kill processes: %d still live after %s", len(killed), limit)
+			return fmt.Errorf("kill processes: %d still live after %s", len(killed), killTimeout)
 		}
 		time.Sleep(pause)
 	}

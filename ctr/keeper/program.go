@@ -35,14 +35,12 @@ type program struct {
 	bundle  string
 	member  *sandboxed // nil for a container with processes of its own
 	cgroup  string     // the directory that the program is told to make; "" where there is none
-	// resources are those in force; container.op guards them.
-	resources *specs.LinuxResources
 }
 
 func newProgram(k *Keeper, id string, req *wire.Create) (_ *program, err error) {
-	p := &program{keeper: k, runtime: *req.Runtime, id: id, bundle: filepath.Join(k.bundleDir(), id), resources: req.Spec.Linux.Resources}
+	p := &program{keeper: k, runtime: *req.Runtime, id: id, bundle: filepath.Join(k.bundleDir(), id)}
 	if p.runtime.Sandbox != "" {
-		p.member = &sandboxed{program: p}
+		p.member = &sandboxed{program: p, ended: make(chan struct{})}
 	}
 	if err := os.MkdirAll(k.bundleDir(), 0o700); err != nil {
 		return nil, fmt.Errorf("make bundle directory: %w", err)
@@ -93,7 +91,11 @@ func (p *program) create(s ends) (child, error) {
 	if p.member != nil {
 		return p.member.create(r, s)
 	}
-	return p.spawn(r, s)
+	c, err := p.spawn(r, s)
+	if err != nil && p.cgroup != "" {
+		err = errors.Join(err, killCgroup(p.cgroup))
+	}
+	return c, err
 }
 
 func (p *program) exec(x execution) (child, error) {
@@ -117,6 +119,9 @@ func (p *program) exec(x execution) (child, error) {
 	}
 	c, err := p.spawn(r, x.ends)
 	if err != nil {
+		if pid, rerr := readPid(inside); rerr == nil {
+			_ = p.signal(syscall.SIGKILL, "--pid", strconv.Itoa(pid)) // a process in a sandbox, unless it is dead already
+		}
 		return child{}, err
 	}
 	if x.cgroup != "" && !grouped {
@@ -132,8 +137,14 @@ func (p *program) exec(x execution) (child, error) {
 	return c, nil
 }
 
-// spawn runs a command that leaves a process behind, which becomes the keeper's child.
-func (p *program) spawn(r *run, s ends) (child, error) {
+// spawn runs a command that leaves a process behind, which becomes the keeper's child. On an error the caller ends what
+// has got as far as being the container's.
+func (p *program) spawn(r *run, s ends) (_ child, err error) {
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, r.endStrays())
+		}
+	}()
 	file := r.file("pid")
 	defer os.Remove(file)
 	r.args = append(r.args, "--pid-file", file)
@@ -165,7 +176,7 @@ func readPid(file string) (int, error) {
 
 // startGrace is how long a start may go on after the end of the init process: a short program may have come to its end
 // before its start is told; and one that died before its start may be waited for by the runtime for ever.
-const startGrace = 5 * time.Second
+const startGrace = 10 * time.Second
 
 func (p *program) start(dead <-chan struct{}) error {
 	ctx, cancel := context.WithCancel(context.Background())
@@ -184,22 +195,10 @@ func (p *program) start(dead <-chan struct{}) error {
 	if p.member != nil {
 		return p.member.start(ctx, r)
 	}
-	return r.do(ctx, ends{})
+	return r.do(ctx)
 }
 
-// update has the program write the limits. It stops at the first that the kernel refuses, so that those in force before
-// are put back.
-func (p *program) update(r *specs.LinuxResources) error {
-	err := p.setResources(r)
-	if err == nil {
-		p.resources = r
-	} else if p.resources != nil {
-		err = errors.Join(err, p.setResources(p.resources))
-	}
-	return err
-}
-
-func (p *program) setResources(resources *specs.LinuxResources) error {
+func (p *program) update(resources *specs.LinuxResources) error {
 	r := p.prepare("update")
 	file := r.file("resources")
 	if err := p.write(filepath.Base(file), resources); err != nil {
@@ -207,14 +206,14 @@ func (p *program) setResources(resources *specs.LinuxResources) error {
 	}
 	defer os.Remove(file)
 	r.args = append(r.args, "--resources", file, p.id)
-	return r.do(context.Background(), ends{})
+	return r.do(context.Background())
 }
 
 // signal has the program send a signal: to processes that the keeper cannot reach itself.
 func (p *program) signal(sig syscall.Signal, options ...string) error {
 	r := p.prepare("kill")
 	r.args = append(append(r.args, options...), p.id, strconv.Itoa(int(sig)))
-	return r.do(context.Background(), ends{})
+	return r.do(context.Background())
 }
 
 func (p *program) destroy() error {
@@ -226,7 +225,7 @@ func (p *program) destroy() error {
 	}
 	r := p.prepare("delete")
 	r.args = append(r.args, "--force", p.id)
-	err := r.do(context.Background(), ends{})
+	err := r.do(context.Background())
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
 		// The program has gone. No process is left; its state is.
 		p.keeper.log.Warn("container is taken away without its runtime", "container", p.id, "error", err)

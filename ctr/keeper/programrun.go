@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/opencontainers/cgroups"
@@ -33,6 +34,7 @@ type run struct {
 	number  uint64 // tells its files from those of other runs
 	command string
 	args    []string
+	pid     int // of the program, of a command that leaves a process behind
 }
 
 func (p *program) prepare(command string) *run {
@@ -52,17 +54,46 @@ func (p *program) commandLine(log, command string, args []string) []string {
 		[]string{"--root", p.keeper.programState(), "--log", log, "--log-format", "json", command}, args)
 }
 
-// do runs the program to its end. What it starts inherits the streams; its own complaints go to a log.
-func (r *run) do(ctx context.Context, s ends) error { return r.execute(ctx, s, r.await) }
+// do runs a command that starts nothing to its end. What it says on stderr counts where its log says nothing.
+func (r *run) do(ctx context.Context) error {
+	said, err := os.OpenFile(r.file("err"), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return fmt.Errorf("run %s: %w", r.name(), err)
+	}
+	defer os.Remove(said.Name())
+	defer said.Close()
+	return r.execute(ctx, ends{stdStreams: stdStreams{stderr: said}, said: said}, r.await)
+}
 
-// making is do for a command that leaves a process behind, for whose pid the caller holds the reaper off.
+// making runs a command that leaves a process behind, for whose pid the caller holds the reaper off.
 func (r *run) making(s ends) error {
 	return r.execute(context.Background(), s, func(cmd *exec.Cmd) error {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // see endStrays
 		if err := startInView(cmd); err != nil {
 			return err
 		}
+		r.pid = cmd.Process.Pid
 		return cmd.Wait()
 	})
+}
+
+// endStrays ends what a failed run has left and what has not become another program yet, which keeps the command line
+// with the run's own log; and hooks, which are in the program's kernel session.
+func (r *run) endStrays() error {
+	log := []byte("\x00" + r.file("log") + "\x00")
+	err := killUntilNone(func() ([]proc, error) {
+		all, err := allProcs()
+		_, rerr := readProc(r.pid)
+		sessions := r.pid != 0 && rerr != nil // else the number has become another's
+		return family(all, func(p proc) bool {
+			line, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", p.pid)) // ended meanwhile, at worst
+			return sessions && p.session == r.pid || bytes.Contains(line, log)
+		}), err
+	}, r.program.keeper.children.reap)
+	if err != nil {
+		return fmt.Errorf("end what is left of %s: %w", r.name(), err)
+	}
+	return nil
 }
 
 // await leaves the reaper at work: what the program deletes may be waiting to be reaped, and the program for that.
@@ -89,6 +120,7 @@ func (r *run) await(cmd *exec.Cmd) (err error) {
 	return err
 }
 
+// execute runs the program by toItsEnd. What it starts inherits the streams; so it complains by a log of its own.
 func (r *run) execute(ctx context.Context, s ends, toItsEnd func(*exec.Cmd) error) error {
 	ctx, cancel := context.WithTimeout(ctx, programTimeout)
 	defer cancel()
@@ -104,18 +136,8 @@ func (r *run) execute(ctx context.Context, s ends, toItsEnd func(*exec.Cmd) erro
 	if s.stdout != nil {
 		cmd.Stdout = s.stdout
 	}
-	said := s.said
 	if s.stderr != nil {
 		cmd.Stderr = s.stderr
-	} else {
-		file, err := os.OpenFile(log+".err", os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
-		if err != nil {
-			return fmt.Errorf("run %s: %w", r.name(), err)
-		}
-		defer os.Remove(file.Name())
-		defer file.Close()
-		// A file, not a pipe: what the program leaves behind may hold it, and nobody waits for its end.
-		cmd.Stderr, said = file, file
 	}
 	err := toItsEnd(cmd)
 	switch {
@@ -126,7 +148,7 @@ func (r *run) execute(ctx context.Context, s ends, toItsEnd func(*exec.Cmd) erro
 	case ctx.Err() != nil:
 		return fmt.Errorf("run %s: its init process is dead", r.name())
 	}
-	return fmt.Errorf("run %s: %w", r.name(), complaint(log, said, err))
+	return fmt.Errorf("run %s: %w", r.name(), complaint(log, s.said, err))
 }
 
 // withTerminal runs the program for a container or a process that gets s, and returns the master of its terminal,
@@ -250,9 +272,14 @@ func (r *run) takes(option string) bool {
 		ctx, cancel := context.WithTimeout(context.Background(), programTimeout)
 		defer cancel()
 		cmd := exec.CommandContext(ctx, rt.Path, append(slices.Clone(rt.Args), r.command, "--help")...)
-		cmd.Env = programEnv()
-		out, _ := cmd.CombinedOutput() // some end with an error after having helped
-		help, _ = cache.LoadOrStore(key, string(out))
+		cmd.Env, cmd.WaitDelay = programEnv(), time.Second // whatever it starts may hold the pipe
+		out, err := cmd.CombinedOutput()
+		help = string(out)
+		// Some end with an error after having helped. One that did not run or was killed is asked again the next time.
+		var exit *exec.ExitError
+		if len(out) > 0 && (err == nil || errors.Is(err, exec.ErrWaitDelay) || errors.As(err, &exit) && exit.Exited()) {
+			cache.Store(key, help)
+		}
 	}
 	return knows(help.(string), option)
 }

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -28,6 +29,24 @@ type sandboxed struct {
 	gate    *os.File   // opens for the stand-in by one byte
 	standIn *exec.Cmd
 	started bool
+
+	ended chan struct{} // closed when the stand-in has ended and its status is taken
+}
+
+// endGrace is how long one waits, after a signal that the program could not send, for what it was meant for to prove dead:
+// it may have come to its end by itself just before, and is about to tell its exit code.
+const endGrace = 500 * time.Millisecond
+
+// closedWithin tells whether ended is closed before the time is over.
+func closedWithin(ended <-chan struct{}, limit time.Duration) bool {
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
+	select {
+	case <-ended:
+		return true
+	case <-timer.C:
+		return false
+	}
 }
 
 // standInArg makes the keeper's program a stand-in: PROGRAM standInArg COMMAND ARG...
@@ -69,6 +88,7 @@ func (m *sandboxed) create(r *run, s ends) (_ child, err error) {
 	cmd := m.standIn
 	collect := func() (int, error) {
 		werr := cmd.Wait()
+		close(m.ended)
 		var exit struct{ ExitStatus int }
 		raw, err := os.ReadFile(result)
 		if err == nil {
@@ -114,7 +134,7 @@ func (m *sandboxed) start(ctx context.Context, r *run) error {
 	m.streams = stdStreams{}
 	m.mu.Unlock()
 	defer streams.close()
-	if err := r.do(ctx, ends{stdStreams: streams}); err != nil {
+	if err := r.execute(ctx, ends{stdStreams: streams}, r.await); err != nil {
 		return err
 	}
 	m.mu.Lock()
@@ -142,7 +162,7 @@ func (m *sandboxed) signal(sig syscall.Signal, all bool) error {
 		if all {
 			options = []string{"--all"}
 		}
-		if err = m.program.signal(sig, options...); err == nil {
+		if err = m.program.signal(sig, options...); err == nil || closedWithin(m.ended, endGrace) {
 			return nil
 		}
 	}

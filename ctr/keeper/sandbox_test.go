@@ -113,3 +113,41 @@ func TestExecInASandbox(t *testing.T) {
 	n.delete("c1")
 	n.delete("pod")
 }
+
+// TestAnEndBeforeTheKillIsTheProcesssOwn: what the program finds dead already keeps its exit code.
+func TestAnEndBeforeTheKillIsTheProcesssOwn(t *testing.T) {
+	n := newNode(t)
+	ctx := context.Background()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	rt := ctr.Runtime{Path: self, Args: []string{sandboxesArg, "--late"}}
+	member := rt
+	member.Sandbox = "pod"
+	n.create("pod", annotated(spec("sleep", "1000"), "sandbox"), func(r *ctr.CreateRequest) { r.Runtime = &rt })
+	n.start("pod")
+	script := "trap 'exit 43' USR1; echo ready; while :; do sleep 0.05; done"
+	n.create("c1", annotated(sh(script), "container"), func(r *ctr.CreateRequest) { r.Runtime = &member })
+	n.start("c1")
+	eventually(t, "the trap is set", func() bool { return len(n.lines("c1")) == 1 })
+	r, w := pipe(t)
+	e, err := n.Exec(ctx, ctr.ExecRequest{ContainerID: "c1", Process: process("/bin/sh", "-c", script), Streams: ctr.Streams{Stdout: w}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out := bufio.NewScanner(r); !out.Scan() {
+		t.Fatal("no output")
+	}
+	if err := e.Close(); err != nil { // kills it
+		t.Error(err)
+	}
+	if err := n.Kill(ctx, "c1", syscall.SIGKILL, true); err != nil {
+		t.Error(err)
+	}
+	if s := n.exit("c1"); s.ExitCode != 43 {
+		t.Errorf("exit %+v", s)
+	}
+	n.delete("c1")
+	n.delete("pod")
+}

@@ -9,8 +9,11 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/coracle-cri/coracle/ctr/wire"
 )
@@ -203,5 +206,94 @@ func TestAHelpTextTellsItsOptions(t *testing.T) {
 		if got := knows(c.help, c.option); got != c.want {
 			t.Errorf("%s in %q: %v", c.option, c.help, got)
 		}
+	}
+}
+
+// TestAProgramThatHasEndedWasStarted: the init process passes the FIFO, the program runs and ends, and only then does
+// the start get to read that it passed. Which of the two is seen first is chance: so many times.
+func TestAProgramThatHasEndedWasStarted(t *testing.T) {
+	e := &inProcess{dir: t.TempDir()}
+	path := filepath.Join(e.dir, "exec.fifo")
+	for range 3000 {
+		if err := unix.Mkfifo(path, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		init, err := os.OpenFile(path, os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := init.Write([]byte("0")); err != nil {
+			t.Fatal(err)
+		}
+		dead := make(chan struct{})
+		close(dead)
+		if err := e.start(dead); err != nil {
+			t.Fatal(err)
+		}
+		init.Close()
+	}
+	if err := unix.Mkfifo(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	dead := make(chan struct{})
+	time.AfterFunc(10*time.Millisecond, func() { close(dead) })
+	if err := e.start(dead); err == nil {
+		t.Error("an init process that died before it passed was started")
+	}
+}
+
+func TestUndoingALimitWritesWhatWasThere(t *testing.T) {
+	for _, tc := range []struct {
+		then, now string
+		want      []string
+	}{
+		{"max\n", "7\n", []string{"max"}},
+		{"max 100000\n", "20000 100000\n", []string{"max 100000"}},
+		{"\n", "0-1\n", []string{""}},
+		{"", "8:0 rbps=9 wbps=max riops=max wiops=max\n", []string{"8:0 rbps=max wbps=max riops=max wiops=max"}},
+		{"8:0 rbps=5 wbps=max riops=max wiops=max\n", "8:0 rbps=9 wbps=7 riops=max wiops=max\n", []string{"8:0 rbps=5 wbps=max riops=max wiops=max"}},
+		{"default 100\n", "default 50\n8:16 200\n", []string{"8:16 default", "default 100"}},
+	} {
+		if got := undoing(tc.then, tc.now); !slices.Equal(got, tc.want) {
+			t.Errorf("from %q to %q: %q, want %q", tc.now, tc.then, got, tc.want)
+		}
+	}
+}
+
+func TestARuntimeIsAskedForItsOptionsUntilItAnswers(t *testing.T) {
+	dir := t.TempDir()
+	path, child := filepath.Join(dir, "runtime"), filepath.Join(dir, "child")
+	r := &run{program: &program{keeper: &Keeper{}, runtime: wire.Runtime{Path: path}}, command: "exec"}
+	answer := func(script string) {
+		t.Helper()
+		if err := os.WriteFile(path+".new", []byte("#!/bin/sh\n"+script), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chtimes(path+".new", time.Time{}, time.Unix(1, 0)); err != nil { // the same program, for all one can see
+			t.Fatal(err)
+		}
+		if err := os.Rename(path+".new", path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, script := range []string{"kill -9 $$", "exit 1", "echo --other; kill -9 $$"} {
+		if answer(script); r.takes("--option") {
+			t.Errorf("%q takes it", script)
+		}
+	}
+	// It helps by an error, and leaves a child that holds its output.
+	answer(fmt.Sprintf("sleep 1000 & echo $! >%s; echo --option; exit 1", child))
+	if !r.takes("--option") {
+		t.Error("what was no answer is remembered")
+	}
+	if pid, err := readPid(child); err != nil {
+		t.Error(err)
+	} else if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+		t.Error(err)
+	} else {
+		_, _ = syscall.Wait4(pid, nil, 0, nil) // where this process is its reaper
+	}
+	if answer("echo --other"); !r.takes("--option") || r.takes("--other") {
+		t.Error("an answer is not remembered")
 	}
 }

@@ -1,6 +1,8 @@
 package keeper
 
 import (
+	"errors"
+
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/coracle-cri/coracle/ctr/wire"
@@ -13,5 +15,12 @@ func (c *container) update(r *specs.LinuxResources) error {
 	if c.engine == nil || c.snapshot().Exited() {
 		return wire.ErrNotRunning
 	}
-	return c.engine.update(r)
+	before, err := saveLimits(c.member.cgroup, r)
+	if err != nil {
+		return err
+	}
+	if err := c.engine.update(r); err != nil {
+		return errors.Join(err, before.restore())
+	}
+	return nil
 }
