@@ -191,3 +191,5 @@ $(LINTER):
 	@mkdir -p $(dir $@) $(GOTMPDIR)
 	@GOBIN=$(CURDIR)/$(dir $@) $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 	@mv $(dir $@)golangci-lint $@
+
+include e2e/kube/targets.mk

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"slices"
 	"strings"
@@ -66,7 +67,14 @@ func ask(ctx context.Context, path string, args []string, command string) ([]byt
 	cmd := exec.CommandContext(ctx, path, append(append([]string{}, args...), command)...)
 	var out, complaint bytes.Buffer
 	cmd.Stdout, cmd.Stderr, cmd.WaitDelay = &out, &complaint, time.Second
-	err := cmd.Run()
+	// crun makes its state directory there at any command, and nobody would remove it.
+	state, err := os.MkdirTemp("", "coracle-ask-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(state)
+	cmd.Env = append(os.Environ(), "XDG_RUNTIME_DIR="+state)
+	err = cmd.Run()
 	if err != nil && complaint.Len() > 0 {
 		err = fmt.Errorf("%w: %s", err, strings.TrimSpace(complaint.String()))
 	}

@@ -49,3 +49,20 @@ func TestAskRuntime(t *testing.T) {
 		t.Errorf("no program: %v", err)
 	}
 }
+
+// TestAskRuntimeLeavesNothing: a program that makes its state directory at any command, as crun does, does it elsewhere.
+func TestAskRuntimeLeavesNothing(t *testing.T) {
+	runtime := t.TempDir()
+	t.Setenv("XDG_RUNTIME_DIR", runtime)
+	path := filepath.Join(t.TempDir(), "runtime")
+	if err := os.WriteFile(path, []byte("#!/bin/sh\nmkdir -p \"$XDG_RUNTIME_DIR/crun\" && echo v1\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := AskRuntime(context.Background(), path, nil); err != nil {
+		t.Fatal(err)
+	}
+	left, err := os.ReadDir(runtime)
+	if err != nil || len(left) != 0 {
+		t.Errorf("left in the runtime directory: %v, %v", left, err)
+	}
+}

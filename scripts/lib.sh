@@ -25,3 +25,9 @@ as_root() {
 		die "this needs root and there is no sudo here; as root, run: $*"
 	fi
 }
+
+# find_program NAME FALLBACK prints where a program is: as named where that is a path, on PATH, else the fallback.
+find_program() {
+	command -v "$1" && return 0
+	[ -x "$2" ] && echo "$2"
+}
