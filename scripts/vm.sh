@@ -50,8 +50,8 @@ mke2fs -q -t ext4 -O ^has_journal -d "$work/payload" "$work/payload.img" "${size
 rm -rf "$work/payload"
 truncate -s 256M "$work/logs.img"
 
-# boot runs the machine to its end with the accelerator: kvm or tcg. Emulated, an older processor is faster than the newest
-# (glibc then chooses code without AVX), and QEMU 7.2's `-cpu max` without SVM breaks readlink(2) in the guest.
+# boot runs the machine to its end with the accelerator: kvm or tcg. Emulated, an older processor is what works: with
+# QEMU 7.2's `-cpu max,-svm` the guest's C library fails in readlink(2), and with SVM the guest spends its boot on KVM.
 boot() {
 	local accel=$1 cpu=Nehalem,-svm
 	[ "$accel" != kvm ] || cpu=host
