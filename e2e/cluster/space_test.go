@@ -100,14 +100,6 @@ func (s *space) get(object, jsonpath string) string {
 	return s.kubectl("get", object, "-o", "jsonpath="+jsonpath)
 }
 
-// decode reads an object.
-func (s *space) decode(object string, into any) {
-	s.t.Helper()
-	if err := json.Unmarshal([]byte(s.kubectl("get", object, "-o", "json")), into); err != nil {
-		s.t.Fatal(err)
-	}
-}
-
 // wait waits for a condition or a field: wait("pod/a", "condition=Ready").
 func (s *space) wait(object, what string) {
 	s.t.Helper()
