@@ -23,7 +23,8 @@ $(KUBE)/kube: e2e/kube/go.mod e2e/kube/go.sum e2e/kube/kube/main.go
 	@for program in etcd kube-apiserver kube-controller-manager kube-scheduler kubelet kube-proxy kubectl; do ln -sf kube $(KUBE)/$$program; done
 	@touch $@
 
-# Linked against glibc's static library, for an image that holds nothing else; it resolves names by Go's own resolver.
+# Linked against glibc's static library, for an image that holds nothing else; it resolves names by Go's own resolver,
+# and what the linker warns of is not called.
 $(KUBE)/coredns: e2e/kube/go.mod e2e/kube/go.sum e2e/kube/coredns/main.go
 	@mkdir -p $(KUBE) $(GOTMPDIR)
 	@echo "building CoreDNS" >&2
