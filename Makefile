@@ -74,7 +74,7 @@ test: ## install what is missing, then run every test as an ordinary user
 
 # Every test, as the calling user, on a machine that is set up: what is missing there is a failure, and nothing is skipped.
 test-here: export CORACLE_TEST_WHOLE := 1
-test-here: build test-unit e2e critest-here
+test-here: build test-unit e2e faults-short critest-here
 
 test-unit: ## unit and kernel tests, as the calling user (not root)
 	@mkdir -p $(GOTMPDIR)
@@ -193,3 +193,4 @@ $(LINTER):
 	@mv $(dir $@)golangci-lint $@
 
 include e2e/kube/targets.mk
+include e2e/faults/targets.mk

@@ -1,0 +1,24 @@
+# Faults: part of the Makefile at the top, which includes it.
+
+# The daemon that has fault points (package fault), with a keeper beside it.
+FAULTS := $(CACHE)/faults
+
+.PHONY: build-faults faults faults-here faults-short
+
+build-faults: build
+	@mkdir -p $(FAULTS)
+	@$(GO) build -trimpath -tags "$(LEAN) faults" -ldflags "$(LDFLAGS)" -o $(FAULTS)/coracle ./cmd/coracle
+	@cp -f bin/coracle-keeper $(FAULTS)/coracle-keeper
+
+INFAULTS = CORACLE_E2E=$(CURDIR)/bin CORACLE_E2E_POINTS=$(CURDIR)/$(FAULTS) $(GO) test -v -count=1
+
+faults: ## what happens when things break, at length, as an ordinary user; RUN=TestName for some
+	@scripts/setup.sh --demo
+	@scripts/as-user.sh make faults-here RUN='$(RUN)'
+
+faults-here: build-faults
+	@$(INFAULTS) -timeout 60m -run '$(RUN)' ./e2e/faults
+
+# The same in short, which is part of `make test`.
+faults-short: build-faults
+	@$(INFAULTS) -timeout 10m -short -run '$(RUN)' ./e2e/faults
