@@ -11,6 +11,7 @@ import (
 )
 
 const (
+	// A daemon that was steady is replaced at once; one that was not, after a back-off between these.
 	backoffMin = 100 * time.Millisecond
 	backoffMax = 800 * time.Millisecond // a node's users wait no longer than about a second, whatever became of its daemon
 	// steadyAfter is how long a daemon must have been up for its next end to count as a first one.
@@ -27,7 +28,7 @@ func (k *Keeper) superviseDaemon(ctx context.Context) {
 	if len(k.cfg.Daemon) == 0 {
 		return
 	}
-	wait := backoffMin
+	var wait time.Duration
 	for ctx.Err() == nil {
 		begun := time.Now()
 		err := k.runDaemon(ctx)
@@ -35,7 +36,7 @@ func (k *Keeper) superviseDaemon(ctx context.Context) {
 			return
 		}
 		if time.Since(begun) >= steadyAfter {
-			wait = backoffMin
+			wait = 0
 		}
 		k.log.Error("the daemon has ended; containers go on; it is started again",
 			"cause", err, "was_up", time.Since(begun).Round(time.Millisecond), "wait", wait)
@@ -43,7 +44,7 @@ func (k *Keeper) superviseDaemon(ctx context.Context) {
 		case <-time.After(wait):
 		case <-ctx.Done():
 		}
-		wait = min(2*wait, backoffMax)
+		wait = min(max(2*wait, backoffMin), backoffMax)
 	}
 }
 

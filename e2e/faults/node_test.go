@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
@@ -33,6 +34,7 @@ type node struct {
 	ended   chan struct{}
 	runtime runtimeapi.RuntimeServiceClient
 	images  runtimeapi.ImageServiceClient
+	address string // of the CRI
 }
 
 // up starts a node with the programs in bin. When the test ends, the node is taken down.
@@ -81,10 +83,9 @@ func (n *node) start(args ...string) {
 	}
 	go func() { _ = n.cmd.Wait(); close(n.ended) }()
 	n.t.Cleanup(n.down)
-	var endpoint string
 	eventually(n.t, "coracle up says that it is ready", func() error {
 		if found := readyLine.FindStringSubmatch(n.log()); found != nil {
-			endpoint = found[1]
+			n.address = found[1]
 			return nil
 		}
 		select {
@@ -94,7 +95,7 @@ func (n *node) start(args ...string) {
 		}
 		return fmt.Errorf("it has logged:\n%s", n.log())
 	})
-	conn := dial(n.t, endpoint)
+	conn := dial(n.t, n.address)
 	n.runtime, n.images = runtimeapi.NewRuntimeServiceClient(conn), runtimeapi.NewImageServiceClient(conn)
 }
 
@@ -219,15 +220,33 @@ func (n *node) daemon() (int, error) {
 	return 0, errNoProcess
 }
 
-// killDaemon ends the daemon without ceremony.
+// killDaemon ends the daemon without ceremony, and returns when it has let go of its sockets.
 func (n *node) killDaemon() {
 	n.t.Helper()
 	pid, err := n.daemon()
-	if err == nil {
-		err = syscall.Kill(pid, syscall.SIGKILL)
-	}
 	if err != nil {
+		n.t.Fatalf("find the daemon: %v", err)
+	}
+	if err := killAndWait(pid); err != nil {
 		n.t.Fatalf("kill the daemon: %v", err)
+	}
+}
+
+// killAndWait returns when the last thread of the process has ended, as a pidfd tells and a zombie does not.
+func killAndWait(pid int) error {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil {
+		return err
+	}
+	for {
+		_, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, -1)
+		if !errors.Is(err, unix.EINTR) {
+			return err
+		}
 	}
 }
 
