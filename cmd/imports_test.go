@@ -20,16 +20,16 @@ const (
 )
 
 // below lists, for each folder, the folders that its packages may import besides their own. A folder that is not
-// here may import no other, and may be imported by none. fault, which is nothing outside of tests and imports nothing, is
+// here may import no other, and may be imported by none. crash, which is nothing outside of tests and imports nothing, is
 // below those that pass its points.
 var below = map[string][]string{
 	"cmd":      {"pod", "ctr", "netslirp", "images", "cgroupv2", "rootless"},
-	"pod":      {"ctr", "netslirp", "images", "cgroupv2", "fault"},
-	"ctr":      {"fault"},
-	"netslirp": {"fault"},
-	"images":   {"fault"},
+	"pod":      {"ctr", "netslirp", "images", "cgroupv2", "crash"},
+	"ctr":      {"crash"},
+	"netslirp": {"crash"},
+	"images":   {"crash"},
 	"cgroupv2": {},
-	"fault":    {},
+	"crash":    {},
 	"rootless": {},
 	"scripts":  {"e2e"}, // what takes a cluster down removes files of subordinate ids as the tests do
 }

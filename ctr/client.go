@@ -12,6 +12,7 @@ import (
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/coracle-cri/coracle/crash"
 	"github.com/coracle-cri/coracle/ctr/wire"
 )
 
@@ -187,6 +188,7 @@ type stream struct {
 // open dials, sends the request with files, and reads the first reply. It closes files in any case.
 func (c *Client) open(ctx context.Context, req wire.Request, files ...*os.File) (*stream, wire.Reply, error) {
 	defer wire.CloseFiles(files)
+	crash.Point("ctr/call-begun")
 	var d net.Dialer
 	u, err := d.DialContext(ctx, "unix", c.socket)
 	if err != nil {
@@ -203,8 +205,10 @@ func (c *Client) open(ctx context.Context, req wire.Request, files ...*os.File) 
 		s.close()
 		return nil, wire.Reply{}, s.explain(err)
 	}
+	crash.Point("ctr/call-sent")
 	wire.CloseFiles(files) // the keeper has duplicates; who reads the other ends must see them closed by it alone
 	reply, err := s.read()
+	crash.Point("ctr/call-answered")
 	if err != nil {
 		s.close()
 		return nil, wire.Reply{}, err

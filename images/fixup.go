@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/coracle-cri/coracle/crash"
 )
 
 // Builders leave out directories: a layer may have tmp/x and no entry for tmp. Unpacked by itself such a layer
@@ -86,7 +88,9 @@ func (s *Store) makeFix(id string, layers []*layerRecord) (needed bool, err erro
 	if err := s.fillFix(tmp, want, layers); err != nil {
 		return false, u.run(fmt.Errorf("make directories that layers left out: %w", err))
 	}
+	crash.Point("images/fix-made")
 	err = os.Rename(tmp, s.fixDir(id))
+	crash.Point("images/fix-placed")
 	if errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EEXIST) {
 		return true, os.RemoveAll(tmp) // an older pull of this image made the same, and it may be mounted
 	}

@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/coracle-cri/coracle/crash"
 )
 
 // openBlob opens a layer's blob from one of the places that have it.
@@ -75,10 +77,12 @@ func (s *Store) addLayerFrom(ctx context.Context, want layerWant, open openBlob)
 	if err != nil {
 		return u.run(err)
 	}
+	crash.Point("images/layer-unpacked")
 	// Not synced: the record goes the way of the layer that it describes (see sync.go).
 	if err := writeUnsynced(filepath.Join(dir, "layer.json"), rec); err != nil {
 		return u.run(err)
 	}
+	crash.Point("images/layer-recorded")
 	placed := false
 	err = s.index.addLayer(rec, func() error {
 		placed = true
@@ -87,6 +91,7 @@ func (s *Store) addLayerFrom(ctx context.Context, want layerWant, open openBlob)
 	if err != nil {
 		return u.run(fmt.Errorf("add layer: %w", err))
 	}
+	crash.Point("images/layer-placed")
 	if !placed {
 		return os.RemoveAll(dir)
 	}

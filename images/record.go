@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/v1"
+
+	"github.com/coracle-cri/coracle/crash"
 )
 
 const recordVersion = 1
@@ -122,9 +124,11 @@ func (s *Store) writeRecord(path string, record any) error {
 	if err := errors.Join(err, f.Close()); err != nil {
 		return u.run(fmt.Errorf("write record %s: %w", path, err))
 	}
+	crash.Point("images/record-written")
 	if err := os.Rename(f.Name(), path); err != nil {
 		return u.run(fmt.Errorf("write record: %w", err))
 	}
+	crash.Point("images/record-replaced")
 	return syncDir(filepath.Dir(path))
 }
 
@@ -160,6 +164,7 @@ func (s *Store) tempDir(prefix string) (string, error) {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return "", fmt.Errorf("make temporary directory: %w", err)
 	}
+	crash.Point("images/temporary-made")
 	return dir, nil
 }
 
@@ -171,9 +176,11 @@ func (s *Store) discard(path string) error {
 	} else if err != nil {
 		return fmt.Errorf("remove: %w", err)
 	}
+	crash.Point("images/discarded")
 	if err := os.RemoveAll(trash); err != nil {
 		return fmt.Errorf("remove %s: %w", path, err)
 	}
+	crash.Point("images/discard-removed")
 	return nil
 }
 

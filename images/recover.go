@@ -12,6 +12,8 @@ import (
 	"strings"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"github.com/coracle-cri/coracle/crash"
 )
 
 // recover reads what is on disk into the index and returns the paths that belong to nothing: the background
@@ -72,6 +74,7 @@ func (s *Store) collect() error {
 	trash, err := s.takeUnused()
 	for _, t := range trash {
 		err = errors.Join(err, os.RemoveAll(t))
+		crash.Point("images/trash-removed")
 	}
 	return err
 }
@@ -82,6 +85,7 @@ func (s *Store) trash(path string) (string, error) {
 	if err := os.Rename(path, trash); err != nil {
 		return "", fmt.Errorf("remove: %w", err)
 	}
+	crash.Point("images/trashed")
 	return trash, nil
 }
 

@@ -10,6 +10,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/coracle-cri/coracle/crash"
 )
 
 const (
@@ -113,6 +115,7 @@ func (s *Store) mountImage(ctx context.Context, kind, id, image string) (string,
 	if err := s.mounter.mount(ctx, s.path(key), lowers, kind == kindRootfs); err != nil {
 		return "", u.run(err)
 	}
+	crash.Point("images/mounted")
 	return s.path(key, "merged"), nil
 }
 
@@ -147,7 +150,9 @@ func (s *Store) makeMountDir(key string, writable bool, img *imageRecord) error 
 	if err := writeUnsynced(filepath.Join(tmp, "rootfs.json"), rec); err != nil {
 		return u.run(err)
 	}
+	crash.Point("images/mount-directory-made")
 	err = os.Rename(tmp, s.path(key))
+	crash.Point("images/mount-directory-placed")
 	if errors.Is(err, fs.ErrExist) || errors.Is(err, unix.ENOTEMPTY) {
 		return u.run(ErrExists)
 	} else if err != nil {
@@ -194,7 +199,9 @@ func unmount(path string) error {
 	for {
 		err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
 		switch {
-		case err == nil, errors.Is(err, unix.EINTR):
+		case err == nil:
+			crash.Point("images/unmounted")
+		case errors.Is(err, unix.EINTR):
 		case errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOENT):
 			return nil
 		case errors.Is(err, unix.EPERM) && !isMountPoint(path):

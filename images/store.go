@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/coracle-cri/coracle/crash"
 )
 
 // Store keeps images, their layers and the containers' root filesystems under one directory. Its methods may be
@@ -255,6 +257,7 @@ func (s *Store) forget(ref string) (*imageRecord, error) {
 	if err := os.Remove(s.imageFile(r.ID)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}
+	crash.Point("images/image-removed")
 	if err := syncDir(s.path("images")); err != nil {
 		return nil, err
 	}

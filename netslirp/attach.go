@@ -7,6 +7,8 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+
+	"github.com/coracle-cri/coracle/crash"
 )
 
 // AttachRequest asks for a pod's network.
@@ -176,6 +178,7 @@ func (n *Network) publish(ctx context.Context, r *record, u *undo) error {
 	if err := n.firewall.add(inside); err != nil {
 		return err
 	}
+	crash.Point("net/forwards-added")
 	u.push(func(ctx context.Context) error { return n.ports.unpublish(ctx, r) })
 	for _, m := range r.Ports {
 		if ip, err := netip.ParseAddr(m.HostIP); err == nil && n.node.has(ip) {
@@ -184,6 +187,7 @@ func (n *Network) publish(ctx context.Context, r *record, u *undo) error {
 		if err := n.ports.publish(ctx, m.target(r), m); err != nil {
 			return err
 		}
+		crash.Point("net/port-published")
 	}
 	return nil
 }
@@ -220,9 +224,11 @@ func (n *Network) giveBack(ctx context.Context, r *record) error {
 		if err := n.ports.unpublish(ctx, r); err != nil {
 			return err
 		}
+		crash.Point("net/ports-unpublished")
 		if err := n.firewall.remove(forwards(r)); err != nil {
 			return err
 		}
+		crash.Point("net/forwards-removed")
 	}
 	if err := n.node.unplug(r.Link); err != nil {
 		return err

@@ -16,6 +16,8 @@ import (
 	"github.com/containernetworking/plugins/plugins/ipam/host-local/backend"
 	"github.com/containernetworking/plugins/plugins/ipam/host-local/backend/allocator"
 	"github.com/containernetworking/plugins/plugins/ipam/host-local/backend/disk"
+
+	"github.com/coracle-cri/coracle/crash"
 )
 
 // podInterface is the name of a pod's interface, as every CNI runtime names it.
@@ -144,6 +146,7 @@ func (l *ledger) Close() error { return l.disk.Close() }
 func (l *ledger) Reserve(id, ifname string, ip net.IP, rangeID string) (bool, error) {
 	ok, err := l.disk.Reserve(id, ifname, ip, rangeID)
 	if ok && err == nil {
+		crash.Point("net/address-reserved")
 		l.held[id] = append(l.held[id], ip)
 	}
 	return ok, err
@@ -169,6 +172,7 @@ func (l *ledger) dropLocked(id string, ip net.IP) error {
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("release address: %w", err)
 	}
+	crash.Point("net/address-released")
 	l.held[id] = slices.DeleteFunc(l.held[id], ip.Equal)
 	if len(l.held[id]) == 0 {
 		delete(l.held, id)

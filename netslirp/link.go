@@ -14,6 +14,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/coracle-cri/coracle/crash"
 )
 
 // linkPrefix and 12 hex digits name the node's end of a pod's veth: 15 bytes, the most that Linux takes. The pod's
@@ -58,6 +60,7 @@ func (n *node) plug(r *record, pod *os.File) (refused []netip.Prefix, err error)
 		}
 		return nil, fmt.Errorf("make veth %s: %w", r.Link, err)
 	}
+	crash.Point("net/link-made")
 	// Where br_netfilter is on, a Service's DNAT happens inside the bridge and may lead back to the same port.
 	if err := n.route.LinkSetHairpin(veth, true); err != nil {
 		return nil, fmt.Errorf("set hairpin of %s: %w", r.Link, err)
@@ -65,6 +68,7 @@ func (n *node) plug(r *record, pod *os.File) (refused []netip.Prefix, err error)
 	if err := n.route.LinkSetAlias(veth, r.PodID); err != nil {
 		return nil, fmt.Errorf("set alias of %s: %w", r.Link, err)
 	}
+	crash.Point("net/link-named")
 	err = inNetNS(pod, func() error {
 		refused, err = configurePod(r)
 		return err
@@ -72,6 +76,7 @@ func (n *node) plug(r *record, pod *os.File) (refused []netip.Prefix, err error)
 	if err != nil {
 		return nil, err
 	}
+	crash.Point("net/pod-configured")
 	return refused, n.introduce(r, veth.PeerHardwareAddr)
 }
 
@@ -193,6 +198,7 @@ func (n *node) unplug(name string) error {
 		} else if err != nil {
 			return fmt.Errorf("retire link %s: %w", name, err)
 		}
+		crash.Point("net/link-retired")
 	}
 	n.reaper.kick()
 	return nil

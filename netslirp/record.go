@@ -12,6 +12,8 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+
+	"github.com/coracle-cri/coracle/crash"
 )
 
 // recordVersion changes when an older daemon could not read the record.
@@ -119,6 +121,7 @@ func (d recordDir) remove(podID string) error {
 	if err := os.Remove(d.path(podID)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove network record: %w", err)
 	}
+	crash.Point("net/record-removed")
 	return nil
 }
 
@@ -198,8 +201,10 @@ func writeFile(path string, data []byte) (err error) {
 	if err = errors.Join(err, f.Close()); err != nil {
 		return fmt.Errorf("write network state: %w", err)
 	}
+	crash.Point("net/record-written")
 	if err = os.Rename(temp, path); err != nil {
 		return fmt.Errorf("write network state: %w", err)
 	}
+	crash.Point("net/record-replaced")
 	return nil
 }

@@ -11,6 +11,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/coracle-cri/coracle/crash"
 	"github.com/coracle-cri/coracle/ctr"
 	"github.com/coracle-cri/coracle/images"
 )
@@ -74,9 +75,11 @@ func (s *Service) makeContainer(ctx context.Context, p *pod, id string, config *
 	back.push("records", func(context.Context) error {
 		return errors.Join(unpin(filepath.Join(dir, "pid")), removeDir(dir), remove(s.store.containerSpecPath(id)))
 	})
+	crash.Point("pod/create-begun")
 	if err := os.Mkdir(dir, 0o711); err != nil {
 		return fmt.Errorf("make container directory: %w", err)
 	}
+	crash.Point("pod/container-directory-made")
 	request, err := s.specRequest(ctx, p, &spec, image, back)
 	if err != nil {
 		return err

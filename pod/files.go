@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/coracle-cri/coracle/crash"
 )
 
 // shmOptions: 64 MiB as in Docker and the other runtimes of the CRI.
@@ -28,6 +30,7 @@ func (p *pod) mountEtc() error {
 	if err := unix.Mount("etc", p.etcDir(), "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, etcOptions); err != nil {
 		return fmt.Errorf("mount pod files: %w", err)
 	}
+	crash.Point("pod/etc-mounted")
 	return nil
 }
 
@@ -70,6 +73,7 @@ func writeFile(path, content string) error {
 	if err := os.Chmod(path, 0o644); err != nil {
 		return fmt.Errorf("write pod file: %w", err)
 	}
+	crash.Point("pod/file-written")
 	return nil
 }
 
@@ -84,6 +88,7 @@ func (p *pod) mountShm() error {
 	if err := unix.Mount("shm", dir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, shmOptions); err != nil {
 		return fmt.Errorf("mount shm: %w", err)
 	}
+	crash.Point("pod/shm-mounted")
 	return nil
 }
 
@@ -105,6 +110,7 @@ func removeDir(dir string) error {
 	if err := os.RemoveAll(dir); err != nil {
 		return fmt.Errorf("delete state directory: %w", err)
 	}
+	crash.Point("pod/directory-removed")
 	return nil
 }
 
@@ -120,5 +126,6 @@ func makeLogDir(dir string) (undo func() error, err error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nothing, fmt.Errorf("make log directory: %w", err)
 	}
+	crash.Point("pod/logs-made")
 	return func() error { return remove(dir) }, nil
 }

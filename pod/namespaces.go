@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/coracle-cri/coracle/crash"
 	"github.com/coracle-cri/coracle/ctr"
 )
 
@@ -59,6 +60,7 @@ func (set nsSet) make() error {
 		if err := unix.Unshare(flags); err != nil {
 			return fmt.Errorf("unshare pod namespaces: %w", err)
 		}
+		crash.Point("pod/namespaces-made")
 		if flags&unix.CLONE_NEWUTS != 0 {
 			if err := unix.Sethostname([]byte(set.hostname)); err != nil {
 				return fmt.Errorf("set hostname %q: %w", set.hostname, err)
@@ -80,6 +82,7 @@ func bindNS(from, pin string) error {
 	if err := unix.Mount(from, pin, "", unix.MS_BIND, ""); err != nil {
 		return fmt.Errorf("pin namespace %s: %w", pin, err)
 	}
+	crash.Point("pod/namespace-pinned")
 	return nil
 }
 
@@ -129,11 +132,13 @@ func unpin(path string) error {
 		err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
 		switch {
 		case err == nil:
+			crash.Point("pod/unmounted")
 			continue // one below may be left from a daemon that died between mount and record
 		case errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOENT): // no mount point; no file
 			if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return fmt.Errorf("delete mount point: %w", err)
 			}
+			crash.Point("pod/mount-point-removed")
 			return nil
 		default:
 			return fmt.Errorf("unmount %s: %w", path, err)
@@ -155,6 +160,7 @@ func touch(path string) error {
 	if err != nil {
 		return fmt.Errorf("make mount point: %w", err)
 	}
+	crash.Point("pod/mount-point-made")
 	return f.Close()
 }
 

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/coracle-cri/coracle/crash"
 	"github.com/coracle-cri/coracle/ctr"
 	"github.com/coracle-cri/coracle/netslirp"
 )
@@ -64,9 +65,11 @@ func (s *Service) makePod(ctx context.Context, p *pod, back *undo) error {
 	back.push("records", func(context.Context) error {
 		return errors.Join(removeDir(p.dir), remove(s.store.podSpecPath(id)))
 	})
+	crash.Point("pod/run-begun")
 	if err := os.Mkdir(p.dir, 0o711); err != nil {
 		return fmt.Errorf("make pod directory: %w", err)
 	}
+	crash.Point("pod/directory-made")
 	if err := p.status.save(); err != nil {
 		return err
 	}
@@ -86,6 +89,7 @@ func (s *Service) makePod(ctx context.Context, p *pod, back *undo) error {
 	if err := s.weighPod(p, p.spec.Config.GetLinux().GetOverhead(), p.spec.Config.GetLinux().GetResources()); err != nil {
 		return err
 	}
+	crash.Point("pod/cgroup-weighed")
 	back.push("mounts", func(context.Context) error { return p.unmountAll() })
 	if err := p.mountEtc(); err != nil {
 		return err
@@ -121,6 +125,7 @@ func (s *Service) makePodCgroup(p *pod, back *undo) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("make pod cgroup: %w", err)
 	}
+	crash.Point("pod/cgroup-made")
 	back.push("cgroup", func(context.Context) error { return s.deps.Cgroups.RemovePod(cgroup) })
 	return cgroup, nil
 }

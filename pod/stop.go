@@ -9,6 +9,8 @@ import (
 
 	"golang.org/x/sync/errgroup"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/coracle-cri/coracle/crash"
 )
 
 // killWait bounds the wait for processes that were sent SIGKILL. Only one that the kernel holds in an
@@ -140,6 +142,7 @@ func (s *Service) removePodLocked(ctx context.Context, p *pod) error {
 		if err := s.deps.Cgroups.RemovePod(cgroup); err != nil {
 			return fmt.Errorf("remove pod cgroup: %w", err)
 		}
+		crash.Point("pod/cgroup-removed")
 	}
 	if err := removeDir(p.dir); err != nil {
 		return err

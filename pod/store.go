@@ -12,6 +12,8 @@ import (
 
 	"google.golang.org/protobuf/encoding/protojson"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/coracle-cri/coracle/crash"
 )
 
 // recordVersion is the version of every record below. A reader refuses what it does not know.
@@ -69,9 +71,11 @@ func replace[T any](path string, record T, synced bool) error {
 	if err := write(tmp, raw, synced); err != nil {
 		return errors.Join(err, os.Remove(tmp))
 	}
+	crash.Point("pod/record-written")
 	if err := os.Rename(tmp, path); err != nil {
 		return fmt.Errorf("replace record: %w", err)
 	}
+	crash.Point("pod/record-replaced")
 	return nil
 }
 
@@ -163,6 +167,7 @@ func remove(paths ...string) error {
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, err)
 		}
+		crash.Point("pod/record-removed")
 	}
 	return errors.Join(errs...)
 }

@@ -10,7 +10,7 @@ import (
 	"github.com/coracle-cri/coracle/e2e/box"
 )
 
-// Where the programs under test are: those that are shipped, and those whose daemon has fault points.
+// Where the programs under test are: those that are shipped, and those whose daemon has crash points.
 var (
 	shipped    = os.Getenv("CORACLE_E2E")
 	withPoints = os.Getenv("CORACLE_E2E_POINTS")

@@ -60,7 +60,7 @@ func up(t *testing.T, bin string, args ...string) *node {
 	}
 	n.env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8", "HOME=" + n.path("home"),
 		"XDG_RUNTIME_DIR=" + n.path("run"), "XDG_DATA_HOME=" + n.path("data"), "XDG_CONFIG_HOME=" + n.path("config"),
-		"USER=" + os.Getenv("USER"), "LOGNAME=" + os.Getenv("USER"), "CORACLE_FAULTS=" + n.path("faults")}
+		"USER=" + os.Getenv("USER"), "LOGNAME=" + os.Getenv("USER"), "CORACLE_CRASH=" + n.path("faults")}
 	n.start(args...)
 	return n
 }

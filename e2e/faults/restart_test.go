@@ -15,7 +15,7 @@ import (
 // TestRestart measures how long the CRI is away when its daemon is killed with 50 pods of one container each: from SIGKILL
 // to the answer of Version, and to a list of all containers.
 func TestRestart(t *testing.T) {
-	pods, rounds := 50, 5
+	pods, rounds := 50, 6
 	if testing.Short() {
 		pods, rounds = 5, 2
 	}

@@ -1,6 +1,6 @@
 //go:build faults
 
-package fault
+package crash
 
 import (
 	"fmt"
@@ -17,7 +17,7 @@ import (
 //	armed  lines "NAME N": the daemon is to die when it passes NAME for the Nth time. The first line counts; it is taken
 //	       out when that happens, so that the daemon that comes back is bound by the next
 //	fired  the lines that were taken out
-const dirEnv = "CORACLE_FAULTS"
+const dirEnv = "CORACLE_CRASH"
 
 // dir is "" in every process but the daemon.
 var dir = func() string {

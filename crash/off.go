@@ -1,6 +1,6 @@
 //go:build !faults
 
-package fault
+package crash
 
 // Point is a place between two steps that change something.
 func Point(string) {}
