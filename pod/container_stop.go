@@ -89,16 +89,17 @@ func (s *Service) removeContainer(ctx context.Context, id string) error {
 	return s.removeContainerLocked(ctx, c)
 }
 
-// removeContainerLocked deletes the spec last, so that what fails is tried again. Idempotent.
+// removeContainerLocked deletes the spec first: what a daemon that dies later leaves has no owner, and is swept, so that
+// no container is ever shown of which half is gone. What fails is tried again, as the index still has it. Idempotent.
 func (s *Service) removeContainerLocked(ctx context.Context, c *container) error {
 	id := c.spec.ID
 	if err := s.kill(ctx, c); err != nil {
 		return fmt.Errorf("remove container: %w", err)
 	}
-	if err := s.sweepContainer(ctx, &c.spec); err != nil {
+	if err := remove(s.store.containerSpecPath(id)); err != nil {
 		return fmt.Errorf("remove container %s: %w", id, err)
 	}
-	if err := remove(s.store.containerSpecPath(id)); err != nil {
+	if err := s.sweepContainer(ctx, &c.spec); err != nil {
 		return fmt.Errorf("remove container %s: %w", id, err)
 	}
 	s.index.dropContainer(c)
