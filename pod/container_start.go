@@ -63,10 +63,18 @@ func (s *Service) launch(ctx context.Context, p *pod, c *container) (ctr.State, 
 		}
 	}
 	config := c.spec.Config
-	_, err = s.deps.Containers.Create(ctx, ctr.CreateRequest{
+	request := ctr.CreateRequest{
 		ID: c.spec.ID, Spec: c.oci(), LogPath: c.spec.LogPath,
 		Stdin: config.GetStdin(), StdinOnce: config.GetStdinOnce(), TTY: config.GetTty(), Runtime: runtime,
-	})
+	}
+	_, err = s.deps.Containers.Create(ctx, request)
+	if errors.Is(err, ctr.ErrExists) {
+		// A daemon that died has asked for it, and the keeper was still at work when this one took over. Nobody has let
+		// it run; the deletion waits until it is made.
+		if err = s.deps.Containers.Delete(ctx, c.spec.ID); err == nil {
+			_, err = s.deps.Containers.Create(ctx, request)
+		}
+	}
 	if err != nil {
 		return ctr.State{}, err
 	}

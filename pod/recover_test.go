@@ -127,6 +127,24 @@ func TestRuntimeDirLost(t *testing.T) {
 	}
 }
 
+// TestCreationUnderWay: the daemon died in StartContainer while the keeper made the container, which was not done when the
+// next daemon looked. The kubelet asks again.
+func TestCreationUnderWay(t *testing.T) {
+	h := newHarness(t)
+	id := h.create(h.run(h.podConfig("p")), shell("c", "exit 5"))
+	c, err := h.index.container(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.keeper.Create(h.ctx(), ctr.CreateRequest{ID: id, Spec: c.oci(), LogPath: c.spec.LogPath}); err != nil {
+		t.Fatal(err)
+	}
+	h.start(id)
+	if st := h.exited(id); st.ExitCode != 5 || st.Reason != "Error" {
+		t.Errorf("container: %v", st)
+	}
+}
+
 // TestHalfMade: a daemon that died inside RunPodSandbox, CreateContainer or StartContainer left these.
 func TestHalfMade(t *testing.T) {
 	h := newHarness(t)

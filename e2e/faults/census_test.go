@@ -22,9 +22,9 @@ import (
 // something while no operation is under way.
 type census struct {
 	lines  []string
-	mounts map[string]bool            // mount points
-	live   map[int]bool               // children of the keeper but for the daemon, as the node numbers processes
-	links  map[string]bool            // pods that have a link
+	mounts map[string]bool              // mount points
+	live   map[int]bool                 // children of the keeper but for the daemon, as the node numbers processes
+	links  map[string]bool              // pods that have a link
 	owned  map[string]map[string]string // kind of thing → id of the pod or container → the thing
 }
 
@@ -150,7 +150,7 @@ func (c *census) countMounts(n *node, keeper int) error {
 	defer f.Close()
 	s := bufio.NewScanner(f)
 	for s.Scan() {
-		if fields := strings.Fields(s.Text()); len(fields) > 4 {
+		if fields := strings.Fields(s.Text()); len(fields) > 4 && strings.HasPrefix(fields[4], n.dir+"/") {
 			c.mounts[fields[4]] = true
 			c.add("mount", strings.TrimPrefix(fields[4], n.dir))
 		}
