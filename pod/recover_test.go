@@ -136,7 +136,7 @@ func TestCreationUnderWay(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := h.keeper.Create(h.ctx(), ctr.CreateRequest{ID: id, Spec: c.oci(), LogPath: c.spec.LogPath}); err != nil {
+	if _, err := h.keeper.Create(h.ctx(), ctr.CreateRequest{ID: id, Spec: c.oci()}); err != nil {
 		t.Fatal(err)
 	}
 	h.start(id)
