@@ -54,6 +54,8 @@ type containerStatus struct {
 	OOMKilled  bool      `json:"oomKilled,omitempty"`
 	Failure    string    `json:"failure,omitempty"` // a CRI reason, where the exit code does not tell all
 	Message    string    `json:"message,omitempty"`
+	// StopSent: the stop signal has gone out.
+	StopSent bool `json:"stopSent,omitempty"`
 	// Update holds the resources of the last update, nil before the first.
 	Update *resourceUpdate `json:"update,omitempty"`
 }
@@ -81,7 +83,8 @@ type container struct {
 
 	exited     chan struct{} // closed when FinishedAt is published
 	exitedOnce sync.Once
-	// stopSent: the stop signal goes out once, since many programs take a second one as "now".
+	// stopSent: the stop signal goes out once, since many programs take a second one as "now". The status remembers it for
+	// the daemon after this one.
 	stopSent atomic.Bool
 	cpu      cpuMeter
 	memory   memoryEstimate
@@ -93,6 +96,7 @@ func newContainer(spec containerSpec, dir string, status containerStatus,
 		spec: spec, dir: dir, tell: tell, exited: make(chan struct{}),
 		status: newRecord(statusPath(dir), status),
 	}
+	c.stopSent.Store(status.StopSent)
 	if !status.FinishedAt.IsZero() {
 		c.exitedOnce.Do(func() { close(c.exited) })
 	}
@@ -151,8 +155,12 @@ func (c *container) change(change func(*containerStatus)) error {
 }
 
 // observe takes in what the keeper says. Facts arrive by events and by answers, in any order, and stamps are
-// never taken back: a late "running" does not wake the dead.
+// never taken back: a late "running" does not wake the dead. A process that ended before it was let run is not the
+// container's end: StartContainer, which made it, knows what becomes of that, and a daemon that comes back discards it.
 func (c *container) observe(state ctr.State) error {
+	if state.StartedAt.IsZero() && state.Error == "" {
+		return nil
+	}
 	return c.change(func(st *containerStatus) {
 		st.OOMKilled = st.OOMKilled || state.OOMKilled
 		if st.StartedAt.IsZero() {

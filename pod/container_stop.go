@@ -63,6 +63,7 @@ func (s *Service) sendStop(ctx context.Context, c *container, grace time.Duratio
 		c.stopSent.Store(false)
 		return err
 	}
+	s.recorded(c.spec.ID, c.change(func(st *containerStatus) { st.StopSent = true }))
 	return nil
 }
 

@@ -119,9 +119,8 @@ func (s *Service) settlePod(p *pod, facts keeperFacts) {
 func (s *Service) settleContainer(ctx context.Context, c *container, facts keeperFacts) error {
 	state, known := facts.states[c.spec.ID]
 	st := c.status.snapshot()
-	halfStarted := known && state.StartedAt.IsZero() && !state.Exited()
 	switch {
-	case known && !state.Exited() && (halfStarted || !st.FinishedAt.IsZero()):
+	case known && (state.StartedAt.IsZero() || !state.Exited() && !st.FinishedAt.IsZero()):
 		// A daemon died between create and start, or could not tell the keeper to end what it gave up.
 		return s.discard(ctx, c)
 	case known:

@@ -255,6 +255,10 @@ func (k *fakeKeeper) Delete(_ context.Context, id string) error {
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if !started { // its init ends, and that is told like any other end
+		p.state.FinishedAt, p.state.ExitCode = time.Now(), 137
+		k.tellLocked(p.state)
+	}
 	delete(k.procs, id)
 	return nil
 }

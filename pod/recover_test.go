@@ -1,6 +1,7 @@
 package pod
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -142,6 +143,26 @@ func TestCreationUnderWay(t *testing.T) {
 	h.start(id)
 	if st := h.exited(id); st.ExitCode != 5 || st.Reason != "Error" {
 		t.Errorf("container: %v", st)
+	}
+}
+
+// TestStopSignalOnce: a kubelet whose StopContainer broke off with the daemon asks again, and the program, which takes its
+// time, gets no second signal.
+func TestStopSignalOnce(t *testing.T) {
+	h := newHarness(t)
+	got := filepath.Join(h.logs, "signals")
+	id := h.launchIn(h.run(h.podConfig("p")), "c", "trap 'echo x >>"+got+"' QUIT; echo ready >"+got+"; while :; do sleep 0.01; done")
+	said := func(want string) func() bool {
+		return func() bool { raw, err := os.ReadFile(got); return err == nil && string(raw) == want }
+	}
+	eventually(t, said("ready\n"))
+	for range 2 {
+		ctx, cancel := context.WithTimeout(h.ctx(), 300*time.Millisecond)
+		_, err := h.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: id, Timeout: 60})
+		cancel()
+		wantCode(t, err, codes.DeadlineExceeded)
+		eventually(t, said("ready\nx\n"))
+		h.restart(func() {})
 	}
 }
 
