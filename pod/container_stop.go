@@ -90,18 +90,22 @@ func (s *Service) removeContainer(ctx context.Context, id string) error {
 	return s.removeContainerLocked(ctx, c)
 }
 
-// removeContainerLocked deletes the spec first: what a daemon that dies later leaves has no owner, and is swept, so that
-// no container is ever shown of which half is gone. What fails is tried again, as the index still has it. Idempotent.
+// removeContainerLocked deletes the spec before what belongs to it: what a daemon that dies then leaves has no owner, and is
+// swept, so that no container is ever shown of which half is gone. The process ends first: one that does not must not be
+// forgotten. What fails is tried again, as the index still has the container. Idempotent.
 func (s *Service) removeContainerLocked(ctx context.Context, c *container) error {
 	id := c.spec.ID
 	if err := s.kill(ctx, c); err != nil {
 		return fmt.Errorf("remove container: %w", err)
 	}
-	if err := remove(s.store.containerSpecPath(id)); err != nil {
-		return fmt.Errorf("remove container %s: %w", id, err)
-	}
-	if err := s.sweepContainer(ctx, &c.spec); err != nil {
-		return fmt.Errorf("remove container %s: %w", id, err)
+	for _, step := range []func() error{
+		func() error { return s.deleteProcess(ctx, id) },
+		func() error { return remove(s.store.containerSpecPath(id)) },
+		func() error { return s.sweepFiles(&c.spec) },
+	} {
+		if err := step(); err != nil {
+			return fmt.Errorf("remove container %s: %w", id, err)
+		}
 	}
 	s.index.dropContainer(c)
 	s.told(c, runtimeapi.ContainerEventType_CONTAINER_DELETED_EVENT)
@@ -110,10 +114,22 @@ func (s *Service) removeContainerLocked(ctx context.Context, c *container) error
 
 // sweepContainer gives back everything of a container but its spec.
 func (s *Service) sweepContainer(ctx context.Context, spec *containerSpec) error {
-	id := spec.ID
+	if err := s.deleteProcess(ctx, spec.ID); err != nil {
+		return err
+	}
+	return s.sweepFiles(spec)
+}
+
+func (s *Service) deleteProcess(ctx context.Context, id string) error {
 	if err := s.deps.Containers.Delete(ctx, id); err != nil {
 		return fmt.Errorf("delete process: %w", err)
 	}
+	return nil
+}
+
+// sweepFiles gives back a container's mounts and its directory.
+func (s *Service) sweepFiles(spec *containerSpec) error {
+	id := spec.ID
 	if err := s.deps.Images.UnmountRootfs(id); err != nil {
 		return fmt.Errorf("unmount root filesystem: %w", err)
 	}

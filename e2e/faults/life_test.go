@@ -148,8 +148,8 @@ func (l *life) ensureStarted() error {
 func (l *life) execute() error {
 	answer, err := persist(l.runtime.ExecSync, &runtimeapi.ExecSyncRequest{ContainerId: l.container, Cmd: []string{"/bin/sh", "-c", "hostname; exit 5"}})
 	if err != nil {
-		if state, statusErr := l.status(); statusErr == nil && state.State == runtimeapi.ContainerState_CONTAINER_EXITED && l.kind == ends {
-			return nil
+		if l.kind == ends && status.Code(err) == codes.FailedPrecondition {
+			return l.endedWith(9) // its process was gone already
 		}
 		return err
 	}

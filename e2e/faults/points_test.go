@@ -38,60 +38,79 @@ type stage struct {
 	config         *runtimeapi.PodSandboxConfig
 }
 
-// TestPoints lets the daemon die at each point that an operation passes. What comes back must know the truth.
-func TestPoints(t *testing.T) {
+// theatre is a node whose daemon has crash points, and what it has when nothing is played.
+type theatre struct {
+	*node
+	image  string
+	other  *otherImage
+	before *census
+}
+
+func openTheatre(t *testing.T) *theatre {
+	t.Helper()
 	n := up(t, withPoints)
-	image, other := n.pullBusybox(), serveOther(t)
-	warm := &stage{node: n, image: image, registry: other}
+	h := &theatre{node: n, image: n.pullBusybox(), other: serveOther(t)}
+	warm := h.stage()
 	if err := errors.Join(running(warm), warm.strike()); err != nil { // the first pod makes directories that stay
 		t.Fatal(err)
 	}
-	before, err := n.census()
-	if err != nil {
+	var err error
+	if h.before, err = n.census(); err != nil {
 		t.Fatal(err)
 	}
-	seen, kills := map[string]bool{}, 0
+	return h
+}
+
+func (h *theatre) stage() *stage { return &stage{node: h.node, image: h.image, registry: h.other} }
+
+// play plays an operation, act instead of its call, and leaves nothing.
+func (h *theatre) play(op operation, act func(*stage) error) error {
+	s := h.stage()
+	return errors.Join(s.play(op, act), s.strike(), h.same(h.before))
+}
+
+// passages are those of a call that succeeds.
+func (h *theatre) passages(op operation) ([]passage, error) {
+	var points []string
+	err := h.play(op, func(s *stage) (err error) {
+		points, err = h.trace(func() error { return op.call(s) })
+		return err
+	})
+	return passages(points), err
+}
+
+// TestPoints lets the daemon die at each point that an operation passes. What comes back must know the truth.
+func TestPoints(t *testing.T) {
+	h := openTheatre(t)
+	seen, kills, ran := map[string]bool{}, 0, 0
 	for _, op := range operations {
 		t.Run(op.name, func(t *testing.T) {
-			n.t = t
-			play := func(act func(*stage) error) error {
-				s := &stage{node: n, image: image, registry: other}
-				return errors.Join(s.play(op, act), s.strike(), n.same(before))
-			}
-			var points []string
-			err := play(func(s *stage) (err error) {
-				points, err = n.trace(func() error { return op.call(s) })
-				return err
-			})
+			h.t = t
+			ran++
+			all, err := h.passages(op)
 			if err != nil {
 				t.Fatal(err)
 			}
-			for i, point := range points {
-				seen[point] = true
-				if testing.Short() && i%sample != len(points)%sample {
+			for i, death := range all {
+				seen[death.point] = true
+				if testing.Short() && i%sample != len(all)%sample {
 					continue
 				}
-				nth := 1 + len(slices.DeleteFunc(slices.Clone(points[:i]), func(p string) bool { return p != point }))
-				fired := false
-				err := play(func(s *stage) (err error) {
-					fired, err = n.dieAt(point, nth, func() error { return op.call(s) })
+				err := h.play(op, func(s *stage) error {
+					died, err := h.dieAt(func() error { return op.call(s) }, death)
+					kills += died
 					return err
 				})
-				switch {
-				case err != nil:
-					t.Errorf("SIGKILL at %s, the %d. time: %v", point, nth, err)
-				case fired:
-					kills++
-				default:
-					t.Logf("%s was not passed a %d. time", point, nth)
+				if err != nil {
+					t.Errorf("SIGKILL at %s: %v", death, err)
 				}
 			}
 		})
 	}
-	n.t = t
+	h.t = t
 	t.Logf("the daemon was killed at a point %d times", kills)
-	if testing.Short() {
-		return
+	if ran < len(operations) || testing.Short() {
+		return // some were left out
 	}
 	for _, name := range pointsInSource(t) {
 		if !seen[name] {
@@ -102,6 +121,51 @@ func TestPoints(t *testing.T) {
 
 // sample: one in so many points is tried in short.
 const sample = 12
+
+// TestPointsOfRecovery lets the daemon die late in an operation, and the next one at each point that it passes while it cleans
+// up after the first.
+func TestPointsOfRecovery(t *testing.T) {
+	if testing.Short() {
+		t.Skip("one kill more for each of a hundred points: make faults runs it")
+	}
+	h := openTheatre(t)
+	for _, op := range operations {
+		if !slices.Contains([]string{"RunPodSandbox", "StartContainer", "RemoveContainer", "RemovePodSandbox", "PullImage of a tag that moved"}, op.name) {
+			continue
+		}
+		t.Run(op.name, func(t *testing.T) {
+			h.t = t
+			all, err := h.passages(op)
+			if err != nil {
+				t.Fatal(err)
+			}
+			first := all[len(all)*3/4]
+			var points []string
+			err = h.play(op, func(s *stage) (err error) {
+				points, err = h.trace(func() error {
+					_, err := h.dieAt(func() error { return op.call(s) }, first)
+					return err
+				})
+				return err
+			})
+			if err != nil {
+				t.Fatalf("SIGKILL at %s: %v", first, err)
+			}
+			died := slices.Index(passages(points), first)
+			t.Logf("after SIGKILL at %s the next daemon passes %d points", first, len(points)-died-1)
+			for _, second := range passages(points[died+1:]) {
+				err := h.play(op, func(s *stage) error {
+					_, err := h.dieAt(func() error { return op.call(s) }, first, second)
+					return err
+				})
+				if err != nil {
+					t.Errorf("SIGKILL at %s, and in the recovery at %s: %v", first, second, err)
+				}
+			}
+		})
+	}
+	h.t = t
+}
 
 // play plays an operation: act is its call, in whatever way.
 func (s *stage) play(op operation, act func(*stage) error) error {
@@ -158,23 +222,46 @@ func (n *node) trace(call func() error) ([]string, error) {
 	return strings.Fields(string(raw)), errors.Join(callErr, err, os.Remove(file))
 }
 
-// dieAt makes a call whose daemon dies when it passes a point for the nth time, and waits for the next daemon. fired is
-// false where the point was not passed so often; then the call must have succeeded.
-func (n *node) dieAt(point string, nth int, call func() error) (fired bool, err error) {
+// passage is the nth time that a daemon passes a point.
+type passage struct {
+	point string
+	nth   int
+}
+
+func (p passage) String() string { return fmt.Sprintf("%s, the %d. time", p.point, p.nth) }
+
+// passages numbers the points of a trace.
+func passages(points []string) []passage {
+	count := map[string]int{}
+	var out []passage
+	for _, p := range points {
+		count[p]++
+		out = append(out, passage{p, count[p]})
+	}
+	return out
+}
+
+// dieAt makes a call whose daemon dies at a passage, the next daemon at the next one, and so on, and waits for a daemon. It
+// returns how many died; where none did, the call must have succeeded.
+func (n *node) dieAt(call func() error, deaths ...passage) (died int, err error) {
 	armed, done := n.path("faults", "armed"), n.path("faults", "fired")
-	if err := os.WriteFile(armed, fmt.Appendf(nil, "%s %d\n", point, nth), 0o600); err != nil {
-		return false, err
+	var lines []byte
+	for _, d := range deaths {
+		lines = fmt.Appendf(lines, "%s %d\n", d.point, d.nth)
+	}
+	if err := os.WriteFile(armed, lines, 0o600); err != nil {
+		return 0, err
 	}
 	callErr := call()
-	err = os.Remove(armed)
-	_, statErr := os.Stat(done)
-	if fired = statErr == nil; !fired {
-		return false, errors.Join(callErr, err)
+	if _, err := os.Stat(done); err != nil {
+		return 0, errors.Join(callErr, os.Remove(armed))
 	}
 	if callErr != nil && status.Code(callErr) != codes.Unavailable { // what is not of the RPC counts too: its code is Unknown
-		err = errors.Join(err, callErr)
+		err = callErr
 	}
-	return true, errors.Join(err, os.Remove(done), n.awaitDaemon())
+	err = errors.Join(err, n.awaitDaemon(), os.Remove(armed))
+	fired, readErr := os.ReadFile(done)
+	return len(bytes.Fields(fired)) / 2, errors.Join(err, readErr, os.Remove(done))
 }
 
 // awaitDaemon returns when a daemon answers that was started after the last one died.
