@@ -253,7 +253,7 @@ func (n *node) same(before *census) error {
 
 // settles calls probe with one census after the other until it returns nil, or the last error.
 func (n *node) settles(probe func(*census) error) error {
-	deadline := time.Now().Add(5 * time.Second)
+	deadline := time.Now().Add(15 * time.Second)
 	for {
 		now, err := n.census()
 		if err == nil {
