@@ -73,7 +73,7 @@ func (s *Service) makeContainer(ctx context.Context, p *pod, id string, config *
 	}
 	dir := s.store.containerDir(id)
 	back.push("records", func(context.Context) error {
-		return errors.Join(unpin(filepath.Join(dir, "pid")), removeDir(dir), remove(s.store.containerSpecPath(id)))
+		return errors.Join(remove(s.store.containerSpecPath(id)), unpin(filepath.Join(dir, "pid")), removeDir(dir))
 	})
 	crash.Point("pod/create-begun")
 	if err := os.Mkdir(dir, 0o711); err != nil {

@@ -77,7 +77,13 @@ func (s *Service) takeBack(ctx context.Context, p *pod) error {
 			return err
 		}
 	}
-	return errors.Join(removeDir(p.dir), remove(s.store.podSpecPath(p.spec.ID)))
+	return s.forget(p)
+}
+
+// forget deletes the records of a pod that was never there. The spec goes first: without its status it would be that of a
+// pod that was ready before the machine's boot, while a directory without a spec is swept.
+func (s *Service) forget(p *pod) error {
+	return errors.Join(remove(s.store.podSpecPath(p.spec.ID)), removeDir(p.dir))
 }
 
 func (s *Service) loadContainers(ctx context.Context) error {
@@ -149,6 +155,9 @@ func (s *Service) sweepDirs(kind string, unmount func(dir string) error) {
 	for _, e := range entries {
 		if c, p := s.index.observed(e.Name()); c != nil || p != nil {
 			continue
+		}
+		if _, err := os.Lstat(filepath.Join(s.store.data, kind, e.Name()+".json")); err == nil {
+			continue // of one that could not be taken back: its status says what it is, when that is tried again
 		}
 		dir := filepath.Join(parent, e.Name())
 		err := unmount(dir)

@@ -246,6 +246,26 @@ func TestHalfMadeCgroup(t *testing.T) {
 	h.checkNothingLeft()
 }
 
+// TestTakenBackLater: what a daemon cannot take back is no pod, neither now nor for the next daemon, which tries again.
+func TestTakenBackLater(t *testing.T) {
+	h := newHarness(t)
+	spec := podSpec{ID: newID(), CreatedAt: time.Now(), Hostname: "half", Config: podConfig{h.podConfig("half")}}
+	half := newPod(spec, h.store.podDir(spec.ID), podStatus{BootID: h.bootID()})
+	h.restart(func() {
+		if err := errors.Join(os.Mkdir(half.dir, 0o711), half.status.save(), saveSpec(h.store.podSpecPath(spec.ID), spec)); err != nil {
+			t.Fatal(err)
+		}
+		h.network.set("detach", errors.New("no"))
+	})
+	for range 2 {
+		if pods := h.listPods(nil); len(pods) != 0 {
+			t.Errorf("pods: %v", pods)
+		}
+		h.restart(func() { h.network.set("detach", nil) })
+	}
+	h.checkNothingLeft()
+}
+
 // TestRuntimeDirFull: what a full disk refuses to record has happened all the same. Nothing that ended may seem to
 // live on, and all can be stopped and removed, which is what makes room.
 func TestRuntimeDirFull(t *testing.T) {

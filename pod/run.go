@@ -62,9 +62,7 @@ func (s *Service) runPod(ctx context.Context, req *runtimeapi.RunPodSandboxReque
 // what a predecessor may have left.
 func (s *Service) makePod(ctx context.Context, p *pod, back *undo) error {
 	id := p.spec.ID
-	back.push("records", func(context.Context) error {
-		return errors.Join(removeDir(p.dir), remove(s.store.podSpecPath(id)))
-	})
+	back.push("records", func(context.Context) error { return s.forget(p) })
 	crash.Point("pod/run-begun")
 	if err := os.Mkdir(p.dir, 0o711); err != nil {
 		return fmt.Errorf("make pod directory: %w", err)
