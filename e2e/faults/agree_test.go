@@ -82,8 +82,8 @@ func (n *node) podAgrees(c *census, p *runtimeapi.PodSandbox) error {
 	network := answer.Status.Network
 	for _, ip := range append([]*runtimeapi.PodIP{{Ip: network.GetIp()}}, network.GetAdditionalIps()...) {
 		owner, err := os.ReadFile(filepath.Join(n.runtimeDir(), "net", "ipam", ip.Ip))
-		if err != nil || idIn(string(owner)) != p.Id {
-			errs = append(errs, fmt.Errorf("pod %s says that it has %s, which is that of %q: %v", p.Id, ip.Ip, owner, err))
+		if errs = append(errs, err); err == nil && idIn(string(owner)) != p.Id {
+			errs = append(errs, fmt.Errorf("pod %s says that it has %s, which is that of %q", p.Id, ip.Ip, owner))
 		}
 	}
 	return errors.Join(errs...)

@@ -143,8 +143,9 @@ func (s *standers) unchanged() error {
 			return err
 		}
 		pid, err := s.keeperPid(l.container)
+		errs = append(errs, err)
 		if status.State != runtimeapi.ContainerState_CONTAINER_RUNNING || status.StartedAt != s.seen[i].StartedAt || pid != s.pids[i] {
-			errs = append(errs, fmt.Errorf("container %s was process %d: it is %d, %s, started at %d: %v", l.name, s.pids[i], pid, status.State, status.StartedAt, err))
+			errs = append(errs, fmt.Errorf("container %s was process %d: it is %d, %s, started at %d", l.name, s.pids[i], pid, status.State, status.StartedAt))
 		}
 	}
 	return errors.Join(errs...)

@@ -336,8 +336,8 @@ func (s *stage) removeImageAgain() error {
 	if err != nil {
 		return err
 	}
-	if there, err := s.listed(); err != nil || there {
-		return fmt.Errorf("the image that was removed is listed: %v, %v", there, err)
+	if there, err = s.listed(); err == nil && there {
+		err = errors.New("the image that was removed is listed")
 	}
-	return errors.Join(s.pull(), s.whole(""))
+	return errors.Join(err, s.pull(), s.whole(""))
 }
