@@ -26,7 +26,7 @@ func TestUnread(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n.churn(image, 0, 1) // the daemon keeps a connection to who publishes ports
+	n.churn(image, 0, 10) // the daemon keeps some connections to who publishes ports
 	before := n.settled(nil)
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
@@ -48,7 +48,7 @@ func TestUnread(t *testing.T) {
 		pods = 12
 	}
 	began := time.Now()
-	n.churn(image, 1, pods)
+	n.churn(image, 10, pods)
 	t.Logf("%d pods beside clients that do not read: %s", pods, time.Since(began).Round(time.Millisecond))
 	if err := n.says(n.context(), talks, "talks", "hostname"); err != nil {
 		t.Error(err)
