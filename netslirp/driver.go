@@ -1,8 +1,10 @@
 package netslirp
 
 import (
+	"bytes"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"slices"
 	"strings"
@@ -51,11 +53,22 @@ func ParentDriver(cfg DriverConfig, stateDir string) (network.ParentDriver, port
 		return nil, nil, fmt.Errorf("make network driver %s: %w", cfg.Name, err)
 	}
 	const runIPTables = false // the client's source address is kept by portChild and the firewall
-	ports, err := builtin.NewParentDriver(cfg.Log, stateDir, runIPTables)
+	ports, err := builtin.NewParentDriver(portLog{cfg.Log}, stateDir, runIPTables)
 	if err != nil {
 		return nil, nil, fmt.Errorf("make port driver: %w", err)
 	}
 	return network, ports, nil
+}
+
+// portLog leaves out what RootlessKit's port driver prints for each port that is given back: its accept(2) ends with the
+// listener, and it takes that for an error.
+type portLog struct{ io.Writer }
+
+func (l portLog) Write(line []byte) (int, error) {
+	if bytes.HasPrefix(line, []byte("accept: ")) && bytes.Contains(line, []byte(net.ErrClosed.Error())) {
+		return len(line), nil
+	}
+	return l.Writer.Write(line)
 }
 
 // ChildDriver returns the halves that run inside the user namespace.

@@ -84,3 +84,15 @@ func TestDriversByName(t *testing.T) {
 	_, _, err = ParentDriver(DriverConfig{Name: "none"}, "")
 	wantIs(t, err, ErrInvalid, "none")
 }
+
+func TestPortLogLeavesOutClosedListeners(t *testing.T) {
+	var out strings.Builder
+	for _, line := range []string{"accept: accept tcp [::]:8080: use of closed network connection\n", "accept: accept tcp [::]:8080: too many open files\n"} {
+		if n, err := (portLog{&out}).Write([]byte(line)); n != len(line) || err != nil {
+			t.Errorf("write: %d, %v", n, err)
+		}
+	}
+	if got := out.String(); got != "accept: accept tcp [::]:8080: too many open files\n" {
+		t.Errorf("the log has %q", got)
+	}
+}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"runtime"
 	"time"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -50,7 +51,8 @@ func (s *Service) Status(ctx context.Context, req *runtimeapi.StatusRequest) (*r
 	}
 	config, err := json.Marshal(map[string]any{
 		"version": s.cfg.Version, "policy": s.cfg.Policy, "runtimeDir": s.cfg.RuntimeDir, "dataDir": s.cfg.DataDir,
-		"streamAddress": s.streams.Addr(), "handlers": s.handlers.all(), "keeper": keeper, "system": s.cfg.SysInfo, "network": s.deps.Network.Info(),
+		"streamAddress": s.streams.Addr(), "handlers": s.handlers.all(), "keeper": keeper, "goroutines": runtime.NumGoroutine(),
+		"system": s.cfg.SysInfo, "network": s.deps.Network.Info(),
 	})
 	if err != nil {
 		return nil, grpcError(fmt.Errorf("encode verbose info: %w", err))

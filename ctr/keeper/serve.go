@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"runtime"
 	"runtime/debug"
 	"time"
 
@@ -162,7 +163,8 @@ func (c *call) container(ctx context.Context) (*container, error) {
 
 func (c *call) info(context.Context) (wire.Reply, error) {
 	k := c.keeper
-	return wire.Reply{Info: &wire.Info{Version: k.cfg.Version, BootID: k.bootID, Pid: os.Getpid(), Seq: k.journal.last()}}, nil
+	return wire.Reply{Info: &wire.Info{Version: k.cfg.Version, BootID: k.bootID, Pid: os.Getpid(), Seq: k.journal.last(),
+		Goroutines: runtime.NumGoroutine()}}, nil
 }
 
 func (c *call) create(context.Context) (wire.Reply, error) {

@@ -133,6 +133,8 @@ type Info struct {
 	Pid    int    `json:"pid"`
 	// Seq is the sequence of the last event; Events(Seq) tells all that happens from here on.
 	Seq uint64 `json:"seq"`
+	// Goroutines is how many the keeper has now: with no container and no call a handful, and always the same.
+	Goroutines int `json:"goroutines"`
 }
 
 // The types of events. An oom comes just before the exit of the same container.

@@ -10,10 +10,11 @@ import (
 	"github.com/coracle-cri/coracle/e2e/box"
 )
 
-// Where the programs under test are: those that are shipped, and those whose daemon has crash points.
+// Where the programs under test are: those that are shipped, and those whose daemon has crash points; and crictl.
 var (
 	shipped    = os.Getenv("CORACLE_E2E")
 	withPoints = os.Getenv("CORACLE_E2E_POINTS")
+	crictl     = os.Getenv("CORACLE_E2E_CRICTL")
 )
 
 func TestMain(m *testing.M) {

@@ -113,6 +113,7 @@ func dial(t *testing.T, endpoint string) *grpc.ClientConn {
 
 func (n *node) path(elem ...string) string { return filepath.Join(append([]string{n.dir}, elem...)...) }
 func (n *node) runtimeDir() string         { return n.path("run", "coracle") }
+func (n *node) socket() string             { return filepath.Join(n.runtimeDir(), "coracle.sock") }
 func (n *node) dataDir() string            { return n.path("data", "coracle") }
 
 func (n *node) log() string {

@@ -5,12 +5,12 @@ FAULTS := $(CACHE)/faults
 
 .PHONY: build-faults faults faults-here faults-short
 
-build-faults: build
+build-faults: build $(CRICTL)
 	@mkdir -p $(FAULTS)
 	@$(GO) build -trimpath -tags "$(LEAN) faults" -ldflags "$(LDFLAGS)" -o $(FAULTS)/coracle ./cmd/coracle
 	@cp -f bin/coracle-keeper $(FAULTS)/coracle-keeper
 
-INFAULTS = CORACLE_E2E=$(CURDIR)/bin CORACLE_E2E_POINTS=$(CURDIR)/$(FAULTS) $(GO) test -v -count=1
+INFAULTS = CORACLE_E2E=$(CURDIR)/bin CORACLE_E2E_CRICTL=$(CURDIR)/$(CRICTL) CORACLE_E2E_POINTS=$(CURDIR)/$(FAULTS) $(GO) test -v -count=1
 
 faults: ## what happens when things break, at length, as an ordinary user; RUN=TestName for some
 	@scripts/setup.sh --demo
