@@ -12,8 +12,8 @@ import (
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 
-	"github.com/coracle-cri/coracle/crash"
 	"github.com/coracle-cri/coracle/ctr/wire"
+	"github.com/coracle-cri/coracle/e2e/crash"
 )
 
 // Errors of the keeper; errors.Is finds them in what the client's methods return.

@@ -10,7 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/coracle-cri/coracle/crash"
+	"github.com/coracle-cri/coracle/e2e/crash"
 )
 
 // Builders leave out directories: a layer may have tmp/x and no entry for tmp. Unpacked by itself such a layer

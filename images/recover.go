@@ -13,7 +13,7 @@ import (
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
-	"github.com/coracle-cri/coracle/crash"
+	"github.com/coracle-cri/coracle/e2e/crash"
 )
 
 // recover reads what is on disk into the index and returns the paths that belong to nothing: the background

@@ -8,7 +8,7 @@ import (
 	"os"
 	"slices"
 
-	"github.com/coracle-cri/coracle/crash"
+	"github.com/coracle-cri/coracle/e2e/crash"
 )
 
 // AttachRequest asks for a pod's network.

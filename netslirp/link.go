@@ -15,7 +15,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"github.com/coracle-cri/coracle/crash"
+	"github.com/coracle-cri/coracle/e2e/crash"
 )
 
 // linkPrefix and 12 hex digits name the node's end of a pod's veth: 15 bytes, the most that Linux takes. The pod's

@@ -13,7 +13,7 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/coracle-cri/coracle/crash"
+	"github.com/coracle-cri/coracle/e2e/crash"
 )
 
 // recordVersion changes when an older daemon could not read the record.

@@ -11,8 +11,8 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/coracle-cri/coracle/crash"
 	"github.com/coracle-cri/coracle/ctr"
+	"github.com/coracle-cri/coracle/e2e/crash"
 	"github.com/coracle-cri/coracle/images"
 )
 

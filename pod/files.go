@@ -10,7 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/coracle-cri/coracle/crash"
+	"github.com/coracle-cri/coracle/e2e/crash"
 )
 
 // shmOptions: 64 MiB as in Docker and the other runtimes of the CRI.

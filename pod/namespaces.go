@@ -10,8 +10,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/coracle-cri/coracle/crash"
 	"github.com/coracle-cri/coracle/ctr"
+	"github.com/coracle-cri/coracle/e2e/crash"
 )
 
 // A nsSet says which namespaces to make, where to pin each, and what to write inside.

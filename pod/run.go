@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sync/errgroup"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/coracle-cri/coracle/crash"
 	"github.com/coracle-cri/coracle/ctr"
+	"github.com/coracle-cri/coracle/e2e/crash"
 	"github.com/coracle-cri/coracle/netslirp"
 )
 

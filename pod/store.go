@@ -13,7 +13,7 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/coracle-cri/coracle/crash"
+	"github.com/coracle-cri/coracle/e2e/crash"
 )
 
 // recordVersion is the version of every record below. A reader refuses what it does not know.

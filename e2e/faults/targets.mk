@@ -1,6 +1,6 @@
 # Faults: part of the Makefile at the top, which includes it.
 
-# The daemon that has crash points (package crash), with a keeper beside it.
+# The daemon that has crash points (package e2e/crash), with a keeper beside it.
 FAULTS := $(CACHE)/faults
 
 .PHONY: build-faults faults faults-here faults-short
