@@ -134,7 +134,7 @@ allow_by_apparmor() {
 	profile=$(
 		echo "abi <abi/4.0>,"
 		for place in "$REPO" "$TEST_HOME/src"; do
-			for program in bin/coracle .cache/race/coracle .cache/bin/loopback '.cache/tmp/**.test'; do
+			for program in bin/coracle .cache/race/coracle .cache/bin/loopback .cache/kube/clusterkit '.cache/tmp/**.test'; do
 				number=$((number + 1))
 				echo "profile coracle-checkout-$number \"$place/$program\" flags=(unconfined) { userns, }"
 			done
