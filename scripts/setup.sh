@@ -128,7 +128,7 @@ check_userns() {
 
 # allow_by_apparmor: since Ubuntu 23.10 AppArmor grants capabilities in a user namespace only to programs with a
 # profile. One file names the programs that are built in this checkout and in the copy of the tests' account: coracle,
-# the demo's helper and the test programs, and nothing else.
+# the helpers of the demo and of scripts/cluster, and the test programs, and nothing else.
 allow_by_apparmor() {
 	local file=/etc/apparmor.d/coracle-checkout place program profile number=0
 	profile=$(
