@@ -33,7 +33,7 @@ packages() {
 		slirp4netns    the user-mode network of a node
 		iproute2       ip, which sets that network up
 		util-linux     nsenter and setpriv
-		curl           fetches Go where it is missing
+		curl           fetches Go where it is missing; scripts/cluster waits for the API server with it
 		unzip          unpacks it
 		ca-certificates trust for https
 	END
