@@ -8,9 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 )
@@ -113,88 +111,4 @@ func TestSecondCluster(t *testing.T) {
 	done(t, "up", "--name", other, "--bin", programs)
 	want(t, in("get", "configmap", "kept", "-o", "jsonpath={.data.a}"), "b")
 	want(t, in("config", "view", "-o", "jsonpath={.clusters[0].cluster.server}"), "https://127.0.0.1:"+port)
-}
-
-func kubeletScript(args ...string) *exec.Cmd {
-	cmd := exec.Command(filepath.Join("..", "..", "scripts", "kubelet"), args...)
-	cmd.Env = the.env
-	return cmd
-}
-
-// TestStandaloneKubelet: a kubelet by hand, in a node that is up, runs the pods of a directory, with the configuration
-// that is printed beforehand; they outlive it, and its successor finds them.
-func TestStandaloneKubelet(t *testing.T) {
-	const alone = "alone"
-	if _, err := the.coracle("up", "--detach", "--name", alone); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		for _, args := range [][]string{{"rmp", "-af"}, {"rmi", "-a"}} {
-			if _, err := crictlOf(alone, args...); err != nil {
-				t.Error(err)
-			}
-		}
-		if _, err := the.coracle("down", "--name", alone); err != nil {
-			t.Error(err)
-		}
-		if err := os.RemoveAll(filepath.Join(the.dir, "data", "coracle-"+alone)); err != nil {
-			t.Error(err)
-		}
-	})
-	manifests := t.TempDir()
-	if err := os.WriteFile(filepath.Join(manifests, "pod.yaml"), []byte(strings.Replace(pod("by-hand", "sleep 1000", ""), "IMAGE", the.busybox, 1)), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	args := []string{"--name", alone, "--kubelet", filepath.Join(programs, "kubelet"), "--manifests", manifests}
-	printed, err := kubeletScript(append(args, "--print")...).Output()
-	if err != nil {
-		t.Fatal(err)
-	}
-	want(t, string(printed), "KubeletInUserNamespace: true", `staticPodPath: "`+manifests+`"`, "cgroupDriver: cgroupfs", "cgroupsPerQOS: ")
-
-	container := regexp.MustCompile(`(?m)^[0-9a-f]{13} .*Running.*by-hand`)
-	var first string
-	for _, life := range []string{"first", "second"} {
-		kubelet := kubeletScript(args...)
-		if err := kubelet.Start(); err != nil {
-			t.Fatal(err)
-		}
-		eventually(t, "the "+life+" kubelet runs the pod", func() error {
-			found, err := crictlOf(alone, "ps")
-			if err == nil && !container.MatchString(found) {
-				err = fmt.Errorf("there is:\n%s", found)
-			}
-			if err == nil {
-				var healthy string
-				if healthy, err = the.coracle("enter", "--name", alone, "--", "curl", "-sk", "https://127.0.0.1:10250/pods"); err == nil && !strings.Contains(healthy, `"phase":"Running"`) {
-					err = fmt.Errorf("the kubelet says: %s", healthy)
-				}
-			}
-			return err
-		})
-		id, err := crictlOf(alone, "ps", "-q")
-		if err != nil {
-			t.Fatal(err)
-		}
-		if first == "" {
-			first = id
-		}
-		if id != first || len(strings.Fields(id)) != 1 {
-			t.Errorf("the %s kubelet has the containers %q, the first had %q", life, id, first)
-		}
-		if err := kubelet.Process.Signal(syscall.SIGTERM); err != nil {
-			t.Fatal(err)
-		}
-		_ = kubelet.Wait()
-		eventually(t, "the kubelet ends with what started it", func() error {
-			if out, err := the.coracle("enter", "--name", alone, "--", "pgrep", "-x", "kubelet"); err == nil {
-				return fmt.Errorf("it is process %s", out)
-			}
-			return nil
-		})
-		written, err := os.ReadFile(filepath.Join(the.dir, "data", "coracle-"+alone, "kubelet", "config.yaml"))
-		if err != nil || string(written) != string(printed) {
-			t.Errorf("the configuration is not what was printed: %v\n%s", err, written)
-		}
-	}
 }
