@@ -17,6 +17,7 @@ import (
 	"github.com/rootless-containers/rootlesskit/v3/pkg/lowlevelmsgutil"
 	"github.com/rootless-containers/rootlesskit/v3/pkg/port/builtin/msg"
 	"github.com/rootless-containers/rootlesskit/v3/pkg/port/builtin/opaque"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -137,8 +138,10 @@ func connect(ctx context.Context, node *os.File, req msg.Request) (net.Conn, err
 	return conn, nil
 }
 
-// transparentSource is the client's address, where the pod can be shown it. A datagram server has no connection
-// by which its answers could be told from its other packets, so UDP clients are not shown.
+// transparentSource is the client's address, where the target can be shown it, as the calling thread's namespace has it.
+// A datagram server has no connection by which its answers could be told from its other packets, so UDP clients are
+// not shown. Nor is a server of the node itself, or what the node passes on to a service: answers to them leave by the
+// user-mode network, for nobody there, and the connect would only end with its time.
 func transparentSource(req msg.Request, network string, target netip.Addr) (netip.AddrPort, bool) {
 	source, err := netip.ParseAddr(req.SourceIP)
 	source = source.Unmap()
@@ -146,7 +149,14 @@ func transparentSource(req msg.Request, network string, target netip.Addr) (neti
 	if localIPv6.Contains(target) && !localIPv6.Contains(source) {
 		ok = false // the pod could not answer it (routePod)
 	}
+	ok = ok && !ofNode(target)
 	return netip.AddrPortFrom(source, uint16(req.SourcePort)), ok
+}
+
+// ofNode tells whether the address is one of the namespace's own: packets for it go no further.
+func ofNode(addr netip.Addr) bool {
+	routes, err := netlink.RouteGet(addr.AsSlice())
+	return err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL
 }
 
 // setTransparent lets a socket bind an address that is not the node's (ip(7): IP_TRANSPARENT). The firewall sends

@@ -33,7 +33,7 @@ packages() {
 		slirp4netns    the user-mode network of a node
 		iproute2       ip, which sets that network up
 		util-linux     nsenter and setpriv
-		curl           fetches Go where it is missing
+		curl           fetches Go where it is missing; scripts/cluster waits for the API server with it
 		unzip          unpacks it
 		ca-certificates trust for https
 	END
@@ -128,13 +128,13 @@ check_userns() {
 
 # allow_by_apparmor: since Ubuntu 23.10 AppArmor grants capabilities in a user namespace only to programs with a
 # profile. One file names the programs that are built in this checkout and in the copy of the tests' account: coracle,
-# the demo's helper and the test programs, and nothing else.
+# the helpers of the demo and of scripts/cluster, and the test programs, and nothing else.
 allow_by_apparmor() {
 	local file=/etc/apparmor.d/coracle-checkout place program profile number=0
 	profile=$(
 		echo "abi <abi/4.0>,"
 		for place in "$REPO" "$TEST_HOME/src"; do
-			for program in bin/coracle .cache/race/coracle .cache/bin/loopback '.cache/tmp/**.test'; do
+			for program in bin/coracle .cache/race/coracle .cache/bin/loopback .cache/kube/clusterkit '.cache/tmp/**.test'; do
 				number=$((number + 1))
 				echo "profile coracle-checkout-$number \"$place/$program\" flags=(unconfined) { userns, }"
 			done

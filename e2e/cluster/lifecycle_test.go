@@ -31,15 +31,25 @@ spec:
     livenessProbe: {grpc: {port: 9090}, periodSeconds: 1}
     readinessProbe: {grpc: {port: 9090, service: late}, periodSeconds: 1}
 `)
-	// A liveness probe that fails after a while, by each of two handlers, restarts the container; one that a startup
-	// probe gives up does, too.
+	// A liveness probe that fails after a while restarts the container, by each kind of handler; a startup probe that
+	// gives up does, too.
 	s.apply(pod("dies-exec", "touch /tmp/ok; sleep 3; rm /tmp/ok; sleep 1000", "") + "    livenessProbe: {exec: {command: [cat, /tmp/ok]}, periodSeconds: 1, failureThreshold: 2}\n")
 	s.apply(pod("dies-http", "timeout 4 httpd -f -p 8080 -h /www; sleep 1000", "") + "    livenessProbe: {httpGet: {path: /, port: 8080}, periodSeconds: 1, failureThreshold: 2, initialDelaySeconds: 1}\n")
+	s.apply(pod("dies-tcp", "timeout 4 httpd -f -p 8080 -h /www; sleep 1000", "") + "    livenessProbe: {tcpSocket: {port: 8080}, periodSeconds: 1, failureThreshold: 2, initialDelaySeconds: 1}\n")
+	s.apply(`
+apiVersion: v1
+kind: Pod
+metadata: {name: dies-grpc}
+spec:
+  terminationGracePeriodSeconds: 1
+  containers:
+  - {name: main, image: HEALTH, livenessProbe: {grpc: {port: 9090, service: early}, periodSeconds: 1, failureThreshold: 2, initialDelaySeconds: 1}}
+`)
 	s.apply(pod("never-starts", "sleep 1000", "") + "    startupProbe: {tcpSocket: {port: 8080}, periodSeconds: 1, failureThreshold: 2}\n")
 	for _, ready := range []string{"http", "tcp", "exec", "grpc"} {
 		s.ready(ready)
 	}
-	for _, restarted := range []string{"dies-exec", "dies-http", "never-starts"} {
+	for _, restarted := range []string{"dies-exec", "dies-http", "dies-tcp", "dies-grpc", "never-starts"} {
 		s.eventually(restarted+" is restarted", func() error {
 			if got := s.restarts(restarted); got == 0 {
 				return errors.New("it was not")

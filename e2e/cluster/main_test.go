@@ -140,6 +140,7 @@ containerLogMonitorInterval: 3s
 imageMinimumGCAge: 2s
 imageMaximumGCAge: 5s
 syncFrequency: 10s
+nodeLeaseDurationSeconds: 8
 `
 
 func (c *cluster) up() error {
@@ -229,10 +230,13 @@ func (c *cluster) coracle(args ...string) (string, error) {
 }
 
 // crictl asks the node's CRI itself.
-func (c *cluster) crictl(args ...string) (string, error) {
+func (c *cluster) crictl(args ...string) (string, error) { return crictlOf(node, args...) }
+
+// crictlOf asks the CRI of a node.
+func crictlOf(node string, args ...string) (string, error) {
+	socket := "unix://" + the.dir + "/run/coracle-" + node + "/coracle.sock"
 	cmd := exec.Command(crictl, args...)
-	cmd.Env = append(c.env[:len(c.env):len(c.env)], "CONTAINER_RUNTIME_ENDPOINT=unix://"+c.dir+"/run/coracle-"+node+"/coracle.sock",
-		"IMAGE_SERVICE_ENDPOINT=unix://"+c.dir+"/run/coracle-"+node+"/coracle.sock")
+	cmd.Env = append(the.env[:len(the.env):len(the.env)], "CONTAINER_RUNTIME_ENDPOINT="+socket, "IMAGE_SERVICE_ENDPOINT="+socket)
 	out, err := cmd.Output()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {

@@ -44,6 +44,52 @@ func restarted(t *testing.T, program string) {
 	})
 }
 
+// restartDaemon ends coracle's daemon by a signal; the keeper starts its successor.
+func restartDaemon(t *testing.T, signal string) {
+	t.Helper()
+	daemon := func() (string, error) {
+		out, err := the.coracle("enter", "--", "pgrep", "-f", `^[^ ]*/coracle daemon`)
+		return strings.TrimSpace(out), err
+	}
+	old, err := daemon()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := the.coracle("enter", "--", "kill", signal, old); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "another daemon answers", func() error {
+		now, err := daemon()
+		if err == nil && now == old {
+			err = fmt.Errorf("the daemon %s has not ended", old)
+		}
+		if err == nil {
+			_, err = the.crictl("version")
+		}
+		return err
+	})
+}
+
+// toldOfNode waits until the kubelet has told that its node is alive, after the given time.
+func toldOfNode(t *testing.T, since time.Time) {
+	t.Helper()
+	eventually(t, "the kubelet has told of the node", func() error {
+		var lease struct {
+			Spec struct {
+				RenewTime time.Time `json:"renewTime"`
+			} `json:"spec"`
+		}
+		raw, err := try("-n", "kube-node-lease", "get", "lease", node, "-o", "json")
+		if err == nil {
+			err = json.Unmarshal([]byte(raw), &lease)
+		}
+		if err == nil && lease.Spec.RenewTime.Before(since) {
+			err = fmt.Errorf("the last word is of %s", lease.Spec.RenewTime)
+		}
+		return err
+	})
+}
+
 // TestRestarts: whichever program ends and comes back, pods keep their containers, answer all the while, and are
 // managed as before.
 func TestRestarts(t *testing.T) {
@@ -59,47 +105,16 @@ func TestRestarts(t *testing.T) {
 	if n := strings.Count(before, "coracle://"); n != 9 {
 		t.Fatalf("containers:\n%s", before)
 	}
-	restart := map[string]func(){
-		"kubelet":        func() { restarted(t, "kubelet") },
-		"kube-apiserver": func() { restarted(t, "kube-apiserver") },
-		"etcd":           func() { restarted(t, "etcd") },
-		"kube-proxy":     func() { restarted(t, "kube-proxy") },
-		"daemon": func() {
-			for _, sig := range []string{"-TERM", "-KILL"} {
-				old, err := the.coracle("enter", "--", "pgrep", "-f", `^[^ ]*/coracle daemon`)
-				if err != nil {
-					t.Fatal(err)
-				}
-				if _, err := the.coracle("enter", "--", "kill", sig, strings.Fields(old)[0]); err != nil {
-					t.Fatal(err)
-				}
-				eventually(t, "the daemon is there again", func() error {
-					_, err := the.crictl("version")
-					return err
-				})
-			}
-		},
-	}
-	for _, what := range []string{"kubelet", "daemon", "kube-proxy", "kube-apiserver", "etcd"} {
+	for _, what := range []string{"kubelet", "daemon", "kube-proxy", "kube-controller-manager", "kube-scheduler", "kube-apiserver", "etcd"} {
 		t.Logf("%s: %s ends", time.Now().Format(time.TimeOnly), what)
-		restart[what]()
+		if what == "daemon" {
+			restartDaemon(t, "-TERM")
+			restartDaemon(t, "-KILL")
+		} else {
+			restarted(t, what)
+		}
 		s.eventually("the API server answers after the restart of "+what, func() error { _, err := s.try("get", "pods"); return err })
-		since := time.Now()
-		s.eventually("the kubelet has told of the node after the restart of "+what, func() error {
-			var lease struct {
-				Spec struct {
-					RenewTime time.Time `json:"renewTime"`
-				} `json:"spec"`
-			}
-			raw, err := try("-n", "kube-node-lease", "get", "lease", node, "-o", "json")
-			if err == nil {
-				err = json.Unmarshal([]byte(raw), &lease)
-			}
-			if err == nil && lease.Spec.RenewTime.Before(since) {
-				err = fmt.Errorf("the last word is of %s", lease.Spec.RenewTime)
-			}
-			return err
-		})
+		toldOfNode(t, time.Now())
 		// One more pod than before: the restarted program does its work.
 		extra := "after-" + what
 		s.apply(pod(extra, "sleep 1000", ""))
@@ -160,9 +175,10 @@ func (s *space) askAllTheWhile(port string) (stop func()) {
 	}
 }
 
-// TestZEviction comes last: the kubelet, told that it wants more room for images than there is, says so in the node's
+// TestEviction: the kubelet, told that it wants more room for images than there is, says so in the node's
 // condition and takes it back when the setting is gone. What it goes by is the CRI's ImageFsInfo.
-func TestZEviction(t *testing.T) {
+// No other test runs beside it: the kubelet would end its pods.
+func TestEviction(t *testing.T) {
 	setting := filepath.Join(the.dir, "data", "coracle-"+node, "kubelet", "conf.d", "90-eviction.conf")
 	const text = "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\nevictionHard: {imagefs.available: 1000Ti}\nevictionPressureTransitionPeriod: 1s\n"
 	pressure := func(status string) {

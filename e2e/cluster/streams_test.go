@@ -197,6 +197,10 @@ func TestPortForward(t *testing.T) {
 				port = found[1]
 				return nil
 			})
+			tunnelled := strings.Contains(out.String(), "negotiated protocol: portforward.k8s.io") // inside a WebSocket
+			if tunnelled != (over == "WebSocket") || strings.Contains(out.String(), "fallback to secondary dialer") {
+				t.Errorf("the connection is not by %s; kubectl says:\n%s", over, out.String())
+			}
 			for range 3 {
 				if answer, err := fetch(port); err != nil || !strings.Contains(answer, "coracle") {
 					t.Errorf("the forwarded port answers %q, %v; kubectl says:\n%s", answer, err, out.String())

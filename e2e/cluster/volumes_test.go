@@ -43,12 +43,14 @@ spec:
       - secret: {name: secret}
       - downwardAPI: {items: [{path: labels, fieldRef: {fieldPath: metadata.labels}}]}
       - serviceAccountToken: {path: token, audience: somebody, expirationSeconds: 600}
+  - {name: downward, downwardAPI: {items: [{path: name, fieldRef: {fieldPath: metadata.name}}, {path: memory, resourceFieldRef: {containerName: main, resource: requests.memory}}]}}
   - {name: disk, emptyDir: {}}
   - {name: memory, emptyDir: {medium: Memory, sizeLimit: 8Mi}}
   - {name: host, hostPath: {path: ` + host + `, type: Directory}}
   containers:
   - name: main
     image: IMAGE
+    resources: {requests: {memory: 16Mi}}
     env:
     - {name: COLOR, valueFrom: {configMapKeyRef: {name: settings, key: color}}}
     - {name: PASSWORD, valueFrom: {secretKeyRef: {name: secret, key: password}}}
@@ -60,6 +62,7 @@ spec:
     - {name: settings, mountPath: /one/color, subPath: color}
     - {name: secret, mountPath: /secret, readOnly: true}
     - {name: all, mountPath: /all}
+    - {name: downward, mountPath: /downward}
     - {name: disk, mountPath: /disk}
     - {name: disk, mountPath: /part, subPath: a/b}
     - {name: memory, mountPath: /memory}
@@ -71,6 +74,9 @@ spec:
       id -u; id -G
       echo "env $COLOR $PASSWORD $NODE $CPUS"; test -n "$ADDRESS"
       echo "files $(cat /settings/color) $(cat /settings/shape) $(cat /one/color) $(cat /secret/password) $(cat /all/my/color) $(cat /all/password)"
+      echo "downward $(cat /downward/name) $(cat /downward/memory)"
+      stat -Lc 'mode %a' /secret/password
+      echo "room $(df -k /memory | awk 'NR == 2 {print $2}')"
       cat /all/labels; echo; test -s /all/token && echo token
       echo mine >/disk/file; echo sub >/part/file; echo "sub path $(cat /disk/a/b/file)"
       stat -c 'group %g' /disk /memory /disk/file
@@ -79,7 +85,7 @@ spec:
       ! touch /settings/other 2>/dev/null && echo "settings are read-only"
 `)
 	log := s.succeeded("reads")
-	want(t, log, "1000\n1000 2000\n", "env blue xyzzy "+node, "files blue round blue xyzzy blue xyzzy", `kind="reader"`, "token\n", "sub path sub",
+	want(t, log, "1000\n1000 2000\n", "env blue xyzzy "+node, "files blue round blue xyzzy blue xyzzy", "downward reads 16777216", "mode 440", "room 8192\n", `kind="reader"`, "token\n", "sub path sub",
 		"group 2000\ngroup 2000\ngroup 2000\n", "memory is tmpfs", "of the host", "host is read-only", "settings are read-only")
 }
 

@@ -1,9 +1,12 @@
 package cluster
 
 import (
+	"context"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -124,6 +127,28 @@ func TestHostPort(t *testing.T) {
 		answer, err := fetch("18473")
 		if err == nil && !strings.Contains(answer, "coracle") {
 			err = fmt.Errorf("it says %q", answer)
+		}
+		return err
+	})
+}
+
+// TestUDP: a node port over UDP, here of the cluster's own DNS, asked on the host.
+func TestUDP(t *testing.T) {
+	t.Parallel()
+	const service = "dns-of-a-test"
+	kubectl(t, "-n", "kube-system", "expose", "deployment", "coredns", "--name", service, "--type", "NodePort", "--port", "53", "--protocol", "UDP")
+	t.Cleanup(func() { kubectl(t, "-n", "kube-system", "delete", "service", service) })
+	nodePort := kubectl(t, "-n", "kube-system", "get", "service", service, "-o", "jsonpath={.spec.ports[0].nodePort}")
+	want := kubectl(t, "get", "service", "kubernetes", "-o", "jsonpath={.spec.clusterIP}")
+	resolver := net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "udp", "127.0.0.1:"+nodePort)
+	}}
+	eventually(t, "the DNS answers at its node port", func() error {
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		defer cancel()
+		got, err := resolver.LookupHost(ctx, "kubernetes.default.svc.cluster.local.")
+		if err == nil && !slices.Contains(got, want) {
+			err = fmt.Errorf("it says %v, want %s", got, want)
 		}
 		return err
 	})

@@ -1,5 +1,5 @@
 // Command health answers the gRPC health protocol on port 9090, as a pod whose probes speak it. The service "late" is
-// not serving for its first two seconds.
+// not serving for its first two seconds, the service "early" after its first three.
 package main
 
 import (
@@ -19,7 +19,9 @@ func main() {
 	}
 	server, state := grpc.NewServer(), health.NewServer()
 	state.SetServingStatus("late", healthv1.HealthCheckResponse_NOT_SERVING)
+	state.SetServingStatus("early", healthv1.HealthCheckResponse_SERVING)
 	time.AfterFunc(2*time.Second, func() { state.SetServingStatus("late", healthv1.HealthCheckResponse_SERVING) })
+	time.AfterFunc(3*time.Second, func() { state.SetServingStatus("early", healthv1.HealthCheckResponse_NOT_SERVING) })
 	healthv1.RegisterHealthServer(server, state)
 	log.Fatal(server.Serve(listener))
 }
