@@ -16,7 +16,7 @@ KEEPER := seccomp runc_nocriu
 
 # The modes of the test VM (scripts/vm.sh), and the end-to-end tests that ask for what it has.
 MODES   ?= full memory plain service
-VMTESTS := ^(TestDelegation|TestLimit[A-Z]|TestOOM)
+VMTESTS := ^(TestDelegation|TestDetach$$|TestLimit[A-Z]|TestOOM)
 
 # What every run in the VM takes along.
 INVM     = --with bin --with $(CRICTL) --with $(CACHE)/vm/e2e.test --env CORACLE_E2E=/payload/bin --env CORACLE_E2E_CRICTL=/payload/crictl

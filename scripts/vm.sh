@@ -3,8 +3,8 @@
 # `scripts/vm.sh [--mode MODE] [--with PATH]... [--env NAME=VALUE]... [--log DIR] [--timeout SECONDS] -- COMMAND [ARG...]`.
 #
 # The command's lines are printed as they come, its exit code is the script's, and DIR gets the guest's journal, the
-# console and whatever the command put into $VM_LOGS. The user may use sudo. Each PATH is copied into the guest's /payload. The disk of
-# scripts/vm-image.sh is not changed. What MODE the user's session is of:
+# console and whatever the command put into $VM_LOGS. Each PATH is copied into the guest's /payload. The user may use
+# sudo. The disk of scripts/vm-image.sh is not changed. What MODE the user's session is of:
 #
 #   full     a login session with a user systemd to which all controllers are delegated (the default)
 #   memory   the same as systemd before 252 has it without a drop-in: memory and pids only (252 adds cpu)

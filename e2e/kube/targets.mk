@@ -48,8 +48,9 @@ ROOTFUL := $(CACHE)/rootful
 $(ROOTFUL)/runc: e2e/rootful/go.mod e2e/rootful/go.sum
 	@mkdir -p $(ROOTFUL) $(GOTMPDIR)
 	@echo "building containerd and runc: this takes a minute, once" >&2
-	@cd e2e/rootful && for program in $$($(GO) list -f '{{.ImportPath}}' tool); do \
+	@cd e2e/rootful && programs=$$($(GO) list -f '{{.ImportPath}}' tool) && for program in $$programs; do \
 		CGO_ENABLED=1 $(GO) build -trimpath -tags "seccomp no_btrfs no_zfs no_devmapper" -ldflags "-s -w" -o $(CURDIR)/$(ROOTFUL)/ $$program || exit 1; done
+	@touch $@
 
 # The tests of the cluster that ask for controllers: limits, OOM kills, in-place resize, quality of service.
 KUBEVMTESTS := ^(TestLimit[A-Z]|TestResize|TestQOS)
