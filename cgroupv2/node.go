@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -88,16 +89,10 @@ func (d Delegation) Enter(node string) (_ *NodeGroup, err error) {
 	return g, nil
 }
 
-// claim enables the controllers in the delegation. The process that started us and waits for us to be ready
-// (`up --detach`) would be in the way where it shares the delegation's own cgroup: it goes to the door.
+// claim enables the controllers in the delegation.
 func (g *NodeGroup) claim(controllers []string) error {
-	if g.starter != 0 && g.origin == g.delegation {
-		if _, err := g.door.mkdir(); err != nil {
-			return err
-		}
-		if err := g.door.take(strconv.Itoa(g.starter)); err != nil && !errors.Is(err, unix.ESRCH) {
-			return err
-		}
+	if err := g.moveStarter(); err != nil {
+		return err
 	}
 	added, err := g.delegation.enable(controllers)
 	g.added = added
@@ -106,6 +101,25 @@ func (g *NodeGroup) claim(controllers []string) error {
 	}
 	// A controller that the kernel refuses by itself (cpu, where real-time threads exist) is missing in the
 	// node's root and so in Tree.Controllers, which Status shows: the node works without it.
+	return nil
+}
+
+// moveStarter: the process that started us and waits for us to be ready (`up --detach`) would be in the way where it
+// is in the delegation's own cgroup: it goes to the door. In a scope of the user's systemd it is not: we moved alone.
+func (g *NodeGroup) moveStarter() error {
+	if g.starter == 0 {
+		return nil
+	}
+	pids, err := g.delegation.procs()
+	if err != nil || !slices.Contains(pids, g.starter) {
+		return err
+	}
+	if _, err := g.door.mkdir(); err != nil {
+		return err
+	}
+	if err := g.door.take(strconv.Itoa(g.starter)); err != nil && !errors.Is(err, unix.ESRCH) {
+		return err
+	}
 	return nil
 }
 

@@ -206,3 +206,23 @@ func signal(t *testing.T, pid int, sig syscall.Signal) {
 		t.Fatalf("signal %d to process %d: %v", sig, pid, err)
 	}
 }
+
+// TestDownUnderSignals: a node that is told to end, and told again until it has, ends well. Its signals go to its PID 1 and
+// on to the keeper, at any moment of their end.
+func TestDownUnderSignals(t *testing.T) {
+	h := newHome(t)
+	for range 5 {
+		n := h.up("default")
+		for deadline := time.Now().Add(30 * time.Second); !n.dead(); {
+			if time.Now().After(deadline) {
+				t.Fatal("coracle up does not end")
+			}
+			_ = n.cmd.Process.Signal(syscall.SIGTERM) // it may have ended at this very moment
+			time.Sleep(time.Millisecond)
+		}
+		if code := n.cmd.ProcessState.ExitCode(); code != 0 {
+			t.Errorf("coracle up: %v\n%s", n.cmd.ProcessState, tail(n.logged(), 5))
+		}
+		n.expectNothingLeft(2 * time.Second)
+	}
+}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"runtime"
 	"strings"
 	"syscall"
@@ -91,12 +92,26 @@ type ChildOptions struct {
 // the command has ended, and the kernel then kills whatever is left in the pid namespace.
 func RunChild(o ChildOptions) error {
 	quiet(o.Debug)
+	if o.Ports != nil {
+		o.Ports = steadfast{o.Ports}
+	}
 	return child.Child(child.Opt{
 		PipeFDEnvKey: pipeEnv, RunActivationHelperEnvKey: helperEnv, ChildUseActivationEnvKey: activationEnv, StateDirEnvKey: stateEnv,
 		TargetCmd: o.Command, NetworkDriver: o.Network, PortDriver: o.Ports,
 		CopyUpDriver: tmpfssymlink.NewChildDriver(), CopyUpDirs: o.CopyUp,
 		DetachNetNS: true, MountProcfs: true, Propagation: propagation, Reaper: true,
 	})
+}
+
+// steadfast is a port driver, which RootlessKit starts just before the command: from then on PID 1 ends with its command
+// and not by a signal. RootlessKit catches signals only as long as the command runs, and the parent may send one at any
+// time; and a signal that nobody catches ends a Go program even where the kernel would not (it is a PID 1), with code 2:
+// a node that was told to end would seem to have failed.
+type steadfast struct{ port.ChildDriver }
+
+func (d steadfast) RunChildDriver(opaque map[string]string, quit <-chan struct{}, detachedNetNSPath string) error {
+	signal.Notify(make(chan os.Signal, 1), unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
+	return d.ChildDriver.RunChildDriver(opaque, quit, detachedNetNSPath)
 }
 
 // quiet keeps RootlessKit's hints, which speak of its own command line, out of the node's log.

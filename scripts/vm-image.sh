@@ -19,9 +19,10 @@ debian) components=main kernel=linux-image-cloud-$(dpkg --print-architecture) ;;
 esac
 mirror=$(apt-get indextargets --format '$(CREATED_BY) $(REPO_URI) $(CODENAME) $(COMPONENT)' |
 	awk -v suite="$VERSION_CODENAME" '$1 == "Packages" && $3 == suite && $4 == "main" { print $2; exit }')
-# systemd with a user session and its bus; what a node and the tests run; crun for the OCI handlers.
+# systemd with a user session and its bus; what a node and the tests run; crun for the OCI handlers; sudo for the commands
+# that coracle tells its user to run.
 packages=systemd,systemd-sysv,libpam-systemd,dbus,dbus-user-session,udev,kmod,initramfs-tools,$kernel
-packages=$packages,uidmap,slirp4netns,iproute2,util-linux,procps,crun,busybox-static,ca-certificates,nftables,iptables,make
+packages=$packages,uidmap,slirp4netns,iproute2,util-linux,procps,crun,busybox-static,ca-certificates,nftables,iptables,make,curl,sudo
 
 # write makes a file of the guest from standard input: PATH MODE.
 write() {
@@ -38,7 +39,7 @@ configure() {
 	chroot "$root" useradd --uid 1000 --create-home --shell /bin/bash tester
 	grep -q '^tester:' "$root/etc/subuid" || echo 'tester:100000:65536' | tee -a "$root/etc/subuid" >>"$root/etc/subgid"
 	mkdir -p "$root/var/lib/systemd/linger" "$root/payload"
-	touch "$root/var/lib/systemd/linger/tester"
+	echo 'tester ALL=(ALL) NOPASSWD: ALL' | write /etc/sudoers.d/tester 0440
 	# Nothing that takes time, which is dear in an emulated machine.
 	for unit in apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service fstrim.timer \
 		getty@tty1.service serial-getty@ttyS0.service systemd-timesyncd.service systemd-random-seed.service systemd-update-utmp.service \
@@ -54,10 +55,15 @@ configure() {
 		mode=full
 		for word in $(cat /proc/cmdline); do case $word in coracle.mode=*) mode=${word#*=} ;; esac; done
 		service() { mkdir -p "$1/coracle-vm.service.d" && printf '[Service]\n%s\n' "$2" >"$1/coracle-vm.service.d/mode.conf"; }
+		session() {
+			mkdir -p "$1/user@.service.d" "$1/coracle-vm.service.d"
+			printf '[Service]\nDelegate=\nDelegate=%s\n' "$2" >"$1/user@.service.d/delegate.conf"
+			printf '[Unit]\nWants=user@1000.service\n' >"$1/coracle-vm.service.d/mode.conf"
+		}
 		case $mode in
-		full) mkdir -p "$1/user@.service.d" && printf '[Service]\nDelegate=cpu cpuset io memory pids\n' >"$1/user@.service.d/delegate.conf" ;;
-		memory) mkdir -p "$1/user@.service.d" && printf '[Service]\nDelegate=\nDelegate=memory pids\n' >"$1/user@.service.d/delegate.conf" ;;
-		plain) ln -sf /dev/null "$2/user@.service" && service "$1" 'PAMName=' ;;
+		full) session "$1" 'cpu cpuset io memory pids' ;;
+		memory) session "$1" 'memory pids' ;;
+		plain) service "$1" 'PAMName=' ;;
 		service) ln -sf /dev/null "$2/user@.service" && service "$1" "$(printf 'PAMName=\nDelegate=yes')" ;;
 		esac
 	END
@@ -71,7 +77,6 @@ configure() {
 	write /etc/systemd/system/coracle-vm.service 0644 <<-'END'
 		[Unit]
 		Description=The command of the test VM
-		Wants=user@1000.service
 		Requires=coracle-vm-begin.service
 		After=coracle-vm-begin.service user@1000.service multi-user.target systemd-user-sessions.service
 		OnSuccess=coracle-vm-finish.service
@@ -112,6 +117,8 @@ configure() {
 		mount -o ro /dev/vdb /payload
 		mkdir -p /var/log/vm && chown tester: /var/log/vm
 		chmod 0666 /dev/net/tun
+		# The user whose systemd is there has it without being logged in, too.
+		for word in $(cat /proc/cmdline); do case $word in coracle.mode=full | coracle.mode=memory) touch /var/lib/systemd/linger/tester ;; esac; done
 		echo "vm: $(uname -r), up for $(cut -d' ' -f1 /proc/uptime) s" >/dev/virtio-ports/out
 	END
 	write /usr/local/bin/vm-command 0755 <<-'END'

@@ -3,12 +3,13 @@
 # `scripts/vm.sh [--mode MODE] [--with PATH]... [--env NAME=VALUE]... [--log DIR] [--timeout SECONDS] -- COMMAND [ARG...]`.
 #
 # The command's lines are printed as they come, its exit code is the script's, and DIR gets the guest's journal, the
-# console and whatever the command put into $VM_LOGS. Each PATH is copied into the guest's /payload. The disk of
-# scripts/vm-image.sh is not changed. What MODE the user's session is of:
+# console and whatever the command put into $VM_LOGS. Each PATH is copied into the guest's /payload. The user may use
+# sudo. The disk of scripts/vm-image.sh is not changed. What MODE the user's session is of:
 #
 #   full     a login session with a user systemd to which all controllers are delegated (the default)
 #   memory   the same as systemd before 252 has it without a drop-in: memory and pids only (252 adds cpu)
-#   plain    no user systemd; the command is a process of a system service that delegates nothing
+#   plain    no systemd of the user's, until one is asked for; the command is a process of a system service that
+#            delegates nothing
 #   service  no user systemd; the command is a process of a system service with Delegate=yes
 #
 # KVM is used where it boots the guest, else QEMU's emulation: 14 times slower at computing, 30 times at fork and exec.
@@ -41,7 +42,7 @@ mkdir -p "$log"
 
 # The payload is a file system of its own, made from a directory.
 mkdir "$work/payload"
-for path in "${with[@]}"; do cp -aL "$path" "$work/payload/"; done
+for path in "${with[@]}"; do cp -aH "$path" "$work/payload/"; done
 printf '%s\0' "$@" >"$work/payload/.command"
 : >"$work/payload/.environment"
 [ ${#vars[@]} -eq 0 ] || printf '%s\0' "${vars[@]}" >"$work/payload/.environment"
@@ -108,10 +109,8 @@ attempt "$accel" || {
 	attempt tcg
 }
 tar -xf "$work/logs.img" -C "$log" --no-same-owner 2>/dev/null || true
-[ -s "$log/exit-code" ] || {
-	tail -n 20 "$log/console.log" "$log/qemu.log" >&2
-	die "the VM ended without a result"
-}
-code=$(cat "$log/exit-code")
+code=$(cat "$log/exit-code" 2>/dev/null) || true
+[ "$code" = 0 ] || tail -n 40 "$log/console.log" "$log/qemu.log" >&2
+[ -n "$code" ] || die "the VM ended without a result"
 say "VM, mode $mode: exit code $code after $((SECONDS - began)) s"
 exit "$code"

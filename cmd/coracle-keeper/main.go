@@ -69,6 +69,9 @@ func run(args []string) error {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), ends...)
 	defer stop()
+	// Caught to the very end: the parent sends a signal again until the node has ended, and one that came after stop would
+	// kill this process, as if it had failed.
+	signal.Notify(make(chan os.Signal, 1), ends...)
 	if err := keeper.Prepare(log); err != nil {
 		return err
 	}

@@ -29,7 +29,8 @@ func passNohup() error {
 
 // holdSignals keeps a signal to end from ending this process before it has given everything back. Where the node runs
 // RootlessKit passes the signal to its PID 1, and the kernel drops what a PID 1 has no handler for yet
-// (pid_namespaces(7)): so it is sent again, to this very process, until release. The context ends with the first.
+// (pid_namespaces(7)): so it is sent again, to this very process, until release. Caught it stays after that too: all that
+// is left to this process is to end, with its own exit code. The context ends with the first.
 func holdSignals() (interrupted context.Context, release func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	came := make(chan os.Signal, 1)
@@ -58,5 +59,5 @@ func holdSignals() (interrupted context.Context, release func()) {
 			}
 		}
 	}()
-	return ctx, func() { signal.Stop(came); close(quit); <-done; cancel() }
+	return ctx, func() { close(quit); <-done; cancel() }
 }

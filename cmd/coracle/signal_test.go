@@ -11,6 +11,7 @@ import (
 
 func TestASignalIsHeldAndSentAgainUntilRelease(t *testing.T) {
 	interrupted, release := holdSignals()
+	defer signal.Reset(unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
 	// Stands for RootlessKit, which catches every signal, too, and passes it on.
 	passed := make(chan os.Signal, 8)
 	signal.Notify(passed, unix.SIGTERM)

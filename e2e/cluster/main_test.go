@@ -18,12 +18,17 @@ import (
 	"github.com/coracle-cri/coracle/e2e/fixture"
 )
 
-// programs is the directory of Kubernetes' programs, crictl a program; keep leaves the cluster for a look at it.
+// programs is the directory of Kubernetes' programs, crictl a program; keep leaves the cluster for a look at it. inVM: this
+// is the test VM (scripts/vm.sh), where every controller is delegated.
 var (
 	keep     = os.Getenv("CORACLE_E2E_KEEP") != ""
 	programs = os.Getenv("CORACLE_E2E_KUBE")
 	crictl   = os.Getenv("CORACLE_E2E_CRICTL")
+	inVM     = os.Getenv("CORACLE_E2E_VM") != ""
 )
+
+// scriptTimeout is for one run of scripts/cluster. An emulated machine takes minutes for what else takes seconds.
+var scriptTimeout = map[bool]time.Duration{false: 5 * time.Minute, true: 15 * time.Minute}[inVM]
 
 // the is the cluster of all tests.
 var the cluster
@@ -148,14 +153,18 @@ func (c *cluster) up() error {
 	if err := os.MkdirAll(filepath.Dir(settings), 0o700); err != nil {
 		return err
 	}
-	if err := os.WriteFile(settings, []byte(kubeletSettings), 0o600); err != nil {
+	text := kubeletSettings
+	if inVM {
+		text += qosSettings
+	}
+	if err := os.WriteFile(settings, []byte(text), 0o600); err != nil {
 		return err
 	}
 	if err := os.WriteFile(filepath.Join(c.dir, "coracle.yaml"), []byte(coracleSettings), 0o600); err != nil {
 		return err
 	}
 	began := time.Now()
-	if err := c.script("cluster", "up", "--name", name, "--bin", programs); err != nil {
+	if err := c.script("cluster", "up", "--name", name, "--bin", programs, "--timeout", fmt.Sprint((scriptTimeout - time.Minute).Seconds())); err != nil {
 		return fmt.Errorf("scripts/cluster up: %w", err)
 	}
 	fmt.Printf("=== the cluster's node is ready after %.1f s\n", time.Since(began).Seconds())
@@ -204,7 +213,7 @@ func (c *cluster) script(script string, args ...string) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), scriptTimeout)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, path, args...)
 	cmd.Env, cmd.Stdout, cmd.Stderr = c.env, os.Stdout, os.Stderr
@@ -235,7 +244,7 @@ func (c *cluster) crictl(args ...string) (string, error) { return crictlOf(node,
 // crictlOf asks the CRI of a node.
 func crictlOf(node string, args ...string) (string, error) {
 	socket := "unix://" + the.dir + "/run/coracle-" + node + "/coracle.sock"
-	cmd := exec.Command(crictl, args...)
+	cmd := exec.Command(crictl, append([]string{"--timeout", patience.String()}, args...)...)
 	cmd.Env = append(the.env[:len(the.env):len(the.env)], "CONTAINER_RUNTIME_ENDPOINT="+socket, "IMAGE_SERVICE_ENDPOINT="+socket)
 	out, err := cmd.Output()
 	var exit *exec.ExitError

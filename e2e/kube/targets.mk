@@ -7,7 +7,7 @@ KUBE := $(CACHE)/kube
 # programs are built.
 KUBE_CI := ^(TestNode|TestSecretsAreTheUsers|TestStaticPod|TestDeployment|TestExec|TestPortForward|TestVolumes|TestRestarts)
 
-.PHONY: kube clusterkit e2e-kube e2e-kube-ci e2e-kube-here
+.PHONY: kube clusterkit e2e-kube e2e-kube-ci e2e-kube-here kube-vm kube-vm-here
 
 kube: $(KUBE)/kube $(KUBE)/coredns clusterkit ## build Kubernetes and CoreDNS from their Go modules, once: for scripts/kubelet and scripts/cluster
 
@@ -50,3 +50,32 @@ e2e-kube-ci: ## the part of e2e-kube that CI runs
 e2e-kube-here: build kube $(CRICTL)
 	@CGO_ENABLED=0 $(GO) build -trimpath -o $(HEALTH) ./e2e/cluster/health
 	@CORACLE_E2E_KUBE=$(CURDIR)/$(KUBE) CORACLE_E2E_CRICTL=$(CURDIR)/$(CRICTL) $(GO) test -v -count=1 -timeout 40m -parallel 4 -run '$(RUN)' ./e2e/cluster
+
+# The rootful runtime that a node's cgroups are compared with, for the VM.
+ROOTFUL := $(CACHE)/rootful
+
+$(ROOTFUL)/runc: e2e/rootful/go.mod e2e/rootful/go.sum
+	@mkdir -p $(ROOTFUL) $(GOTMPDIR)
+	@echo "building containerd and runc: this takes a minute, once" >&2
+	@cd e2e/rootful && programs=$$($(GO) list -f '{{.ImportPath}}' tool) && for program in $$programs; do \
+		CGO_ENABLED=1 $(GO) build -trimpath -tags "seccomp no_btrfs no_zfs no_devmapper" -ldflags "-s -w" -o $(CURDIR)/$(ROOTFUL)/ $$program || exit 1; done
+	@touch $@
+
+# The tests of the cluster that ask for controllers: limits, OOM kills, in-place resize, quality of service.
+KUBEVMTESTS := ^(TestLimit[A-Z]|TestResize|TestQOS)
+
+kube-vm: ## a cluster in the VM, where the kubelet has every controller: limits, OOM kills, resize, and its cgroups compared with a rootful kubelet's
+	@scripts/setup.sh --vm
+	@scripts/setup.sh --kube
+	@scripts/as-user.sh make kube-vm-here RUN='$(RUN)'
+
+# Kubernetes' programs without CoreDNS, and everything where scripts/cluster looks for it.
+kube-vm-here: build kube $(CRICTL) $(ROOTFUL)/runc
+	@rm -rf $(CACHE)/vm/kube && mkdir -p $(CACHE)/vm/kube $(CACHE)/vm/e2e/cluster
+	@CGO_ENABLED=0 $(GO) build -trimpath -o $(HEALTH) ./e2e/cluster/health
+	@cd $(KUBE) && cp -a --link kube clusterkit health etcd kube-apiserver kube-controller-manager kube-scheduler kubelet kube-proxy kubectl ../vm/kube/
+	@$(GO) test -c -o $(CACHE)/vm/e2e/cluster/cluster.test ./e2e/cluster
+	@CORACLE_VM_MEMORY=$${CORACLE_VM_MEMORY:-4096} scripts/vm.sh --with bin --with scripts --with $(CRICTL) --with $(CACHE)/vm/kube --with $(CACHE)/vm/e2e \
+		--with $(ROOTFUL) --log $(CACHE)/vm/log-kube --timeout 3600 --env CORACLE_E2E_VM=full --env CORACLE_E2E_KUBE=/payload/kube \
+		--env CORACLE_E2E_CRICTL=/payload/crictl --env CORACLE_E2E_ROOTFUL=/payload/rootful \
+		-- sh -c 'cd /payload/e2e/cluster && exec ./cluster.test -test.v -test.timeout 60m -test.run "$$0"' '$(if $(filter .,$(RUN)),$(KUBEVMTESTS),$(RUN))'
