@@ -174,6 +174,9 @@ func (l *lab) checkEmpty(n *Network) {
 		for _, f := range n.node.families() {
 			sets = append(sets, newTables(f).sets()...)
 		}
+		for _, set := range newGuardTable().pods {
+			sets = append(sets, set)
+		}
 		for _, set := range sets {
 			found, err := conn.GetSetByName(set.Table, set.Name)
 			if err != nil {
@@ -184,7 +187,13 @@ func (l *lab) checkEmpty(n *Network) {
 				return fmt.Errorf("elements of %s left: %v, %w", set.Name, elements, err)
 			}
 		}
-		return nil
+		neighbours, err := netlink.NeighList(n.node.bridge.Attrs().Index, 0)
+		for _, x := range neighbours {
+			if x.State == netlink.NUD_PERMANENT && !x.IP.IsMulticast() {
+				err = errors.Join(err, fmt.Errorf("neighbour %v is left", x))
+			}
+		}
+		return err
 	}))
 	n.mu.Lock()
 	defer n.mu.Unlock()

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -52,6 +53,7 @@ type Network struct {
 	cfg      Config
 	node     *node
 	firewall *firewall
+	guard    *guard
 	ledger   *ledger
 	records  recordDir
 	ports    *publisher
@@ -110,6 +112,9 @@ func Open(cfg Config) (_ *Network, err error) {
 	if err := n.openFirewall(); err != nil {
 		return nil, err
 	}
+	if err := n.openGuard(); err != nil {
+		return nil, err
+	}
 	if err := n.node.openLoopback(); err != nil { // not before the firewall keeps pods out of it
 		return nil, err
 	}
@@ -134,6 +139,20 @@ func (n *Network) openFirewall() error {
 	n.firewall.families = n.node.families()
 	if n.firewall.replace(n.pools.prefixes(), n.allForwards()) != nil {
 		return err // IPv6 is not what is wrong
+	}
+	return nil
+}
+
+func (n *Network) openGuard() error {
+	n.guard = &guard{ns: n.node.ns, mac: n.node.bridge.Attrs().HardwareAddr}
+	n.mu.Lock()
+	pods := slices.Collect(maps.Values(n.pods))
+	n.mu.Unlock()
+	if err := n.guard.replace(pods); err != nil {
+		return err
+	}
+	if n.guard.absent != nil {
+		n.cfg.Log.Warn("pods with CAP_NET_RAW or CAP_NET_ADMIN can send from the addresses of others", "cause", n.guard.absent)
 	}
 	return nil
 }
@@ -181,11 +200,15 @@ func (n *Network) Info() map[string]string {
 	if n.node.noIPv6 != nil {
 		six = "pods have no IPv6 addresses: " + n.node.noIPv6.Error()
 	}
+	own := "a pod sends from its own addresses only"
+	if n.guard.absent != nil {
+		own = "a pod with CAP_NET_RAW or CAP_NET_ADMIN can send from any address: " + n.guard.absent.Error()
+	}
 	for _, f := range n.node.families() {
 		tables = append(tables, f.name+" "+firewallTable)
 	}
 	return map[string]string{
-		"netns": n.cfg.NetNS, "bridge": n.cfg.Bridge, "mtu": strconv.Itoa(n.cfg.MTU), "dns": n.cfg.DNS, "ipv6": six,
+		"netns": n.cfg.NetNS, "bridge": n.cfg.Bridge, "mtu": strconv.Itoa(n.cfg.MTU), "dns": n.cfg.DNS, "ipv6": six, "sourceAddresses": own,
 		"podCIDR": formatPodCIDR(cidrs), "gateway": strings.Join(gateways, ","), "addressTranslation": "nftables tables " + strings.Join(tables, ", "),
 		"pods": strconv.Itoa(len(n.pods)), "hostPorts": strconv.Itoa(published),
 	}
