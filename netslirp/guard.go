@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -38,7 +37,7 @@ import (
 //
 // A frame that br_netfilter has translated is beyond this hook, and the bridge may pass it on to another port.
 type guard struct {
-	ns     *os.File
+	rules  *ruleset
 	mac    net.HardwareAddr // of the bridge
 	absent error            // why this kernel has no such table, or nil
 }
@@ -70,16 +69,7 @@ func newGuardTable() guardTable {
 }
 
 func (g *guard) transaction(fill func(*nftables.Conn, guardTable) error) error {
-	return inNetNS(g.ns, func() error {
-		conn, err := nftables.New()
-		if err != nil {
-			return err
-		}
-		if err := fill(conn, newGuardTable()); err != nil {
-			return err
-		}
-		return conn.Flush()
-	})
+	return g.rules.transaction(func(c *nftables.Conn) error { return fill(c, newGuardTable()) })
 }
 
 // replace makes the table hold exactly these pods. A kernel without nftables for bridges is remembered as such.
@@ -121,7 +111,7 @@ func (g *guard) allow(r *record) error {
 }
 
 func (g *guard) forbid(r *record) error {
-	if g.absent != nil || len(r.Addresses) == 0 {
+	if g.absent != nil {
 		return nil
 	}
 	err := g.transaction(func(c *nftables.Conn, t guardTable) error { return eachPod([]*record{r}, t, c.SetDeleteElements) })

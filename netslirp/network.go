@@ -52,6 +52,7 @@ func (c Config) withDefaults() Config {
 type Network struct {
 	cfg      Config
 	node     *node
+	rules    *ruleset
 	firewall *firewall
 	guard    *guard
 	ledger   *ledger
@@ -125,7 +126,8 @@ func Open(cfg Config) (_ *Network, err error) {
 // openFirewall does without IPv6 where the kernel has no nftables for it, unless the pod CIDR was asked to have it. To
 // look first would cost a start the 10 ms that the kernel takes to delete what it was tried with.
 func (n *Network) openFirewall() error {
-	n.firewall = &firewall{ns: n.node.ns, bridge: n.cfg.Bridge, families: n.node.families()}
+	n.rules = &ruleset{ns: n.node.ns}
+	n.firewall = &firewall{rules: n.rules, bridge: n.cfg.Bridge, families: n.node.families()}
 	err := n.firewall.replace(n.pools.prefixes(), n.allForwards())
 	if err == nil || n.node.noIPv6 != nil {
 		return err
@@ -144,7 +146,7 @@ func (n *Network) openFirewall() error {
 }
 
 func (n *Network) openGuard() error {
-	n.guard = &guard{ns: n.node.ns, mac: n.node.bridge.Attrs().HardwareAddr}
+	n.guard = &guard{rules: n.rules, mac: n.node.bridge.Attrs().HardwareAddr}
 	n.mu.Lock()
 	pods := slices.Collect(maps.Values(n.pods))
 	n.mu.Unlock()
@@ -233,6 +235,9 @@ func (n *Network) Close() error {
 func (n *Network) release() error {
 	n.ports.close()
 	var errs []error
+	if n.rules != nil {
+		errs = append(errs, n.rules.close())
+	}
 	if n.node != nil {
 		errs = append(errs, n.node.close())
 	}
