@@ -19,6 +19,10 @@ func Prepare(log *slog.Logger) error {
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("become subreaper: %w", err)
 	}
+	// No core file (core(5)): the specs that pass through hold the environment of containers.
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("forbid core files: %w", err)
+	}
 	// CRI mount propagation is between the node's mounts and a container's: "/" must be shared for volumes that
 	// are mounted later to reach containers, and for Bidirectional ones to come back.
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SHARED, ""); err != nil {
