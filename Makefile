@@ -32,6 +32,8 @@ CRICTL  := $(CACHE)/bin/crictl
 CRITEST := $(CACHE)/bin/critest
 GINKGO  := $(CACHE)/bin/ginkgo
 GUEST   := $(CACHE)/bin/guest
+# what tries to get out of containers
+HOSTILE := $(CACHE)/bin/hostile
 REPORT  := $(CACHE)/critest/report
 # RACE=1 runs critest on programs with Go's race detector: make critest RACE=1
 RACE    ?=
@@ -85,8 +87,8 @@ lint: $(LINTER) ## go vet and golangci-lint, at a pinned version
 	@$(GO) vet -tags "$(LEAN) $(KEEPER)" ./...
 	@PATH="$$($(GO) env GOROOT)/bin:$$PATH" $(LINTER) run --build-tags "$(LEAN) $(KEEPER)" ./...
 
-e2e: build $(CRICTL) ## end-to-end tests, as the calling user (not root); RUN=TestName for some
-	@CORACLE_E2E=$(CURDIR)/bin CORACLE_E2E_CRICTL=$(CURDIR)/$(CRICTL) $(GO) test -v -count=1 -timeout 60m -run '$(RUN)' ./e2e
+e2e: build $(CRICTL) $(HOSTILE) ## end-to-end tests, as the calling user (not root); RUN=TestName for some
+	@CORACLE_E2E=$(CURDIR)/bin CORACLE_E2E_CRICTL=$(CURDIR)/$(CRICTL) CORACLE_E2E_HOSTILE=$(CURDIR)/$(HOSTILE) $(GO) test -v -count=1 -timeout 60m -run '$(RUN)' ./e2e
 
 e2e-vm: ## the tests of limits and delegation in a VM that has all of cgroup v2, in each of its modes; MODES="full memory"
 	@scripts/setup.sh --vm
@@ -186,6 +188,10 @@ $(GINKGO): e2e/tools/go.mod e2e/tools/go.sum
 $(GUEST): go.mod $(wildcard e2e/guest/*.go)
 	@mkdir -p $(dir $@) $(GOTMPDIR)
 	@CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w" -o $@ ./e2e/guest
+
+$(HOSTILE): go.mod $(wildcard e2e/hostile/*.go)
+	@mkdir -p $(dir $@) $(GOTMPDIR)
+	@CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w" -o $@ ./e2e/hostile
 
 $(LINTER):
 	@mkdir -p $(dir $@) $(GOTMPDIR)

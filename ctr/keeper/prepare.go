@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"os"
 	"runtime"
 
@@ -65,6 +66,11 @@ func LeaveKeyring() error {
 	}
 	if err := unix.KeyctlSetperm(ring, keyringPerm); err != nil {
 		return fmt.Errorf("restrict the session keyring: %w", err)
+	}
+	// The descriptors of the shell that the node was started from are not for the keeper and what it starts. Linux 5.11
+	// has the call; without it, as without the descriptors, all works.
+	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil && !errors.Is(err, unix.ENOSYS) && !errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("drop inherited descriptors: %w", err)
 	}
 	if err := unix.Exec("/proc/self/exe", os.Args, append(os.Environ(), keyringEnv+"=joined")); err != nil {
 		return fmt.Errorf("execute the keeper anew: %w", err)

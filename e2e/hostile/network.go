@@ -1,0 +1,100 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"time"
+)
+
+// gateway, node and resolver are addresses that every pod reaches; the host's loopback would be at 10.0.2.2.
+const (
+	gateway   = "10.88.0.1"
+	node      = "10.0.2.100"
+	resolver  = "10.0.2.3"
+	hostAlias = "10.0.2.2"
+)
+
+// network are the ways by which something of the host's or the node's would answer.
+func network() []attempt {
+	var out []attempt
+	for _, at := range []string{"127.0.0.1", hostAlias, gateway, node, resolver} {
+		out = append(out, attempt{"host's loopback at " + at, func() (string, error) { return connect(at, hostPortEnv) }})
+	}
+	for _, at := range []string{"127.0.0.1", hostAlias, gateway, node} {
+		out = append(out,
+			attempt{"streaming port at " + at, func() (string, error) { return connect(at, streamPortEnv) }},
+			attempt{"stream without a token at " + at, func() (string, error) { return stream(at) }})
+	}
+	return append(out,
+		attempt{"abstract socket of the host", abstract},
+		attempt{"abstract sockets of the node", abstractNames})
+}
+
+func connect(host, portEnv string) (string, error) {
+	port, err := given(portEnv)
+	if err != nil {
+		return "", err
+	}
+	conn, err := net.DialTimeout("tcp", net.JoinHostPort(host, port), 2*time.Second)
+	if err != nil {
+		return "", err
+	}
+	return "connected", conn.Close()
+}
+
+// stream asks the streaming server for what it would give to who has a token.
+func stream(host string) (string, error) {
+	port, err := given(streamPortEnv)
+	if err != nil {
+		return "", err
+	}
+	client := http.Client{Timeout: 2 * time.Second}
+	for _, path := range []string{"/", "/exec/", "/exec/AAAAAAAAAAAAAAAAAAAAAAAAAA", "/attach/..%2f", "/debug/pprof/"} {
+		resp, err := client.Get("http://" + net.JoinHostPort(host, port) + path)
+		if err != nil {
+			return "", err
+		}
+		said, _ := io.ReadAll(io.LimitReader(resp.Body, 100))
+		resp.Body.Close()
+		if resp.StatusCode != http.StatusNotFound {
+			return fmt.Sprintf("%s: %s %s", path, resp.Status, said), nil
+		}
+	}
+	return "", errors.New("not found")
+}
+
+func abstract() (string, error) {
+	name, err := given(abstractEnv)
+	if err != nil {
+		return "", err
+	}
+	conn, err := net.DialTimeout("unix", "@"+name, time.Second)
+	if err != nil {
+		return "", err
+	}
+	return "connected", conn.Close()
+}
+
+// abstractNames are the names that this network namespace has.
+func abstractNames() (string, error) {
+	raw, err := os.ReadFile("/proc/self/net/unix")
+	if err != nil {
+		return "", err
+	}
+	var names []string
+	for line := range bytes.Lines(raw) {
+		if f := strings.Fields(string(line)); len(f) == 8 && strings.HasPrefix(f[7], "@") {
+			names = append(names, f[7])
+		}
+	}
+	if len(names) == 0 {
+		return "", errAbsent
+	}
+	return strings.Join(names, " "), nil
+}
