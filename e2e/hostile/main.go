@@ -33,6 +33,13 @@ func main() {
 		case "overwrite":
 			overwrite()
 			return
+		case "greet":
+			if err := greet(os.Args[2]); err != nil {
+				fmt.Println("kept", err)
+				return
+			}
+			fmt.Println("through")
+			return
 		case "exchange":
 			exchange(os.Args[2])
 			return

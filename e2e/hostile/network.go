@@ -98,3 +98,35 @@ func abstractNames() (string, error) {
 	}
 	return strings.Join(names, " "), nil
 }
+
+// greet tells whether a socket of the node answers, or keeps, this user: it speaks to each as its clients do.
+func greet(path string) error {
+	conn, err := net.DialTimeout("unix", path, time.Second)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	if err := conn.SetDeadline(time.Now().Add(3 * time.Second)); err != nil {
+		return err
+	}
+	hello := "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00" // RFC 9113, with empty settings
+	switch {
+	case strings.HasSuffix(path, "keeper.sock"):
+		body := `{"op":"list"}`
+		hello = string([]byte{0, 0, 0, byte(len(body))}) + body
+	case strings.HasSuffix(path, "admin.sock"):
+		hello = "GET / HTTP/1.0\r\n\r\n"
+	}
+	if _, err := io.WriteString(conn, hello); err != nil {
+		return err
+	}
+	answer := make([]byte, 512)
+	n, err := conn.Read(answer)
+	if n == 0 {
+		return fmt.Errorf("no answer: %w", err)
+	}
+	if strings.Contains(string(answer[:n]), "may not use") {
+		return errors.New(string(answer[4:n]))
+	}
+	return nil
+}
