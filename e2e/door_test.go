@@ -31,6 +31,8 @@ var open = []struct{ pattern, why string }{
 	{"data/coracle/images/layers/*", "what an image brings has the modes that the image says"},
 	{"data/coracle/images/rootfs/*", "a container's processes have other ids, and their modes are theirs"},
 	{"data/coracle/pause", "the root of pods' pause processes, which may have another id; the program is no secret"},
+	{"run/coracle/rk/hosts", "RootlessKit's copy of the host's, which everybody may read"},
+	{"run/coracle/rk/resolv.conf", "the same"},
 	{"work/logs-*/*.log", "0640 as other runtimes' logs: collectors go by the group; the directory is the caller's"},
 }
 
