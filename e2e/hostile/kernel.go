@@ -18,7 +18,7 @@ func kernel() []attempt {
 	for _, path := range []string{"/proc/sys/kernel/core_pattern", "/proc/sys/kernel/modprobe", "/proc/sys/kernel/randomize_va_space",
 		"/proc/sys/vm/overcommit_memory", "/proc/sys/fs/file-max", "/proc/sys/net/core/rmem_max", "/proc/sysrq-trigger", "/proc/irq/default_smp_affinity",
 		"/sys/kernel/mm/transparent_hugepage/enabled", "/sys/power/state", "/sys/kernel/uevent_helper"} {
-		out = append(out, attempt{"write " + path, func() (string, error) { return openOnly(path, os.O_WRONLY) }})
+		out = append(out, attempt{"write " + path, func() (string, error) { return openOnly(path) }})
 	}
 	for _, path := range []string{"/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/sched_debug", "/proc/latency_stats", "/dev/kmsg", "/dev/mem"} {
 		out = append(out, attempt{"read " + path, func() (string, error) { return read(path) }})
@@ -27,9 +27,9 @@ func kernel() []attempt {
 		out = append(out, attempt{"list " + path, func() (string, error) { return list(path) }})
 	}
 	return append(out,
-		attempt{"write own sysctl", func() (string, error) { return openOnly("/proc/sys/kernel/shmmax", os.O_WRONLY) }},
+		attempt{"write own sysctl", func() (string, error) { return openOnly("/proc/sys/kernel/shmmax") }},
 		attempt{"write /sys", writeSys},
-		attempt{"write own cgroup", func() (string, error) { return openOnly("/sys/fs/cgroup/cgroup.procs", os.O_WRONLY) }},
+		attempt{"write own cgroup", func() (string, error) { return openOnly("/sys/fs/cgroup/cgroup.procs") }},
 		attempt{"mount tmpfs", func() (string, error) { return mount("tmpfs") }},
 		attempt{"mount proc", func() (string, error) { return mount("proc") }},
 		attempt{"mount sysfs", func() (string, error) { return mount("sysfs") }},
@@ -46,7 +46,7 @@ func kernel() []attempt {
 
 // writeSys takes the first file of a network device's that root may write.
 func writeSys() (string, error) {
-	return openOnly("/sys/class/net/lo/tx_queue_len", os.O_WRONLY)
+	return openOnly("/sys/class/net/lo/tx_queue_len")
 }
 
 // mount mounts in a mount namespace of its own, which ends with the thread.

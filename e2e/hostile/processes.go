@@ -36,7 +36,7 @@ func processes() []attempt {
 		add("read descriptors", readDescriptors)
 		add("take a descriptor", takeDescriptor)
 		add("root directory", func(pid int) (string, error) { return list(proc(pid, "root") + "/") })
-		add("write program", func(pid int) (string, error) { return openOnly(proc(pid, "exe"), os.O_WRONLY) })
+		add("write program", func(pid int) (string, error) { return openOnly(proc(pid, "exe")) })
 		add("join mount namespace", func(pid int) (string, error) { return join(pid, "mnt", unix.CLONE_NEWNS) })
 		add("join network namespace", func(pid int) (string, error) { return join(pid, "net", unix.CLONE_NEWNET) })
 	}
@@ -203,9 +203,9 @@ func list(path string) (string, error) {
 	return strconv.Itoa(len(entries)) + " entries", nil
 }
 
-// openOnly opens and writes nothing.
-func openOnly(path string, how int) (string, error) {
-	f, err := os.OpenFile(path, how|unix.O_NONBLOCK, 0)
+// openOnly opens for writing, and writes nothing.
+func openOnly(path string) (string, error) {
+	f, err := os.OpenFile(path, os.O_WRONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return "", err
 	}
