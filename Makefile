@@ -34,10 +34,13 @@ CRICTL  := $(CACHE)/bin/crictl
 CRITEST := $(CACHE)/bin/critest
 GINKGO  := $(CACHE)/bin/ginkgo
 GUEST   := $(CACHE)/bin/guest
+# what tries to get out of containers
+HOSTILE := $(CACHE)/bin/hostile
 REPORT  := $(CACHE)/critest/report
 # RACE=1 runs critest on programs with Go's race detector: make critest RACE=1
 RACE    ?=
 LINTER  := $(CACHE)/bin/golangci-lint-2.15.0
+VULN    := $(CACHE)/bin/govulncheck-1.9.0
 LDFLAGS := -X main.version=$(VERSION)
 
 # Test programs are built and run below .cache, where an AppArmor profile can name them (scripts/setup.sh).
@@ -46,7 +49,7 @@ export GOFLAGS  := -buildvcs=false
 MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
-.PHONY: help build build-race install demo demo-here test test-here test-unit lint e2e e2e-vm e2e-vm-here e2e-vm-ci critest-vm critest-vm-here critest critest-here fuzz fuzz-here \
+.PHONY: help build build-race install demo demo-here test test-here test-unit lint vuln race race-here e2e e2e-vm e2e-vm-here e2e-vm-ci critest-vm critest-vm-here critest critest-here fuzz fuzz-here \
 	bench bench-here fmt clean
 
 help: ## list the targets
@@ -87,8 +90,21 @@ lint: $(LINTER) ## go vet and golangci-lint, at a pinned version
 	@$(GO) vet -tags "$(LEAN) $(KEEPER)" ./...
 	@PATH="$$($(GO) env GOROOT)/bin:$$PATH" $(LINTER) run --build-tags "$(LEAN) $(KEEPER)" ./...
 
-e2e: build $(CRICTL) ## end-to-end tests, as the calling user (not root); RUN=TestName for some
-	@CORACLE_E2E=$(CURDIR)/bin CORACLE_E2E_CRICTL=$(CURDIR)/$(CRICTL) $(GO) test -v -count=1 -timeout 60m -run '$(RUN)' ./e2e
+vuln: $(VULN) ## known vulnerabilities in what coracle calls, by govulncheck at a pinned version; needs vuln.go.dev, or GOVULNDB
+	@scripts/vuln.sh $(CURDIR)/$(VULN) "$(LEAN) $(KEEPER)"
+
+race: ## unit and end-to-end tests with Go's race detector, as an ordinary user; RUN=TestName for some
+	@scripts/setup.sh --test
+	@scripts/as-user.sh make race-here RUN='$(RUN)'
+
+# A report of the programs' own is in a node's log, where the end-to-end tests look for it.
+race-here: build-race $(CRICTL) $(HOSTILE)
+	@CGO_ENABLED=1 $(GO) test -race -tags "$(LEAN) $(KEEPER)" -run '$(RUN)' -timeout 30m $(COVERED)
+	@CORACLE_E2E=$(CURDIR)/$(CACHE)/race CORACLE_E2E_CRICTL=$(CURDIR)/$(CRICTL) CORACLE_E2E_HOSTILE=$(CURDIR)/$(HOSTILE) \
+		CGO_ENABLED=1 $(GO) test -race -v -count=1 -timeout 60m -run '$(RUN)' ./e2e
+
+e2e: build $(CRICTL) $(HOSTILE) ## end-to-end tests, as the calling user (not root); RUN=TestName for some
+	@CORACLE_E2E=$(CURDIR)/bin CORACLE_E2E_CRICTL=$(CURDIR)/$(CRICTL) CORACLE_E2E_HOSTILE=$(CURDIR)/$(HOSTILE) $(GO) test -v -count=1 -timeout 60m -run '$(RUN)' ./e2e
 
 e2e-vm: ## the tests of limits and delegation in a VM that has all of cgroup v2, in each of its modes; MODES="full memory"
 	@scripts/setup.sh --vm
@@ -192,10 +208,19 @@ $(GUEST): go.mod $(wildcard e2e/guest/*.go)
 	@mkdir -p $(dir $@) $(GOTMPDIR)
 	@CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w" -o $@ ./e2e/guest
 
+$(HOSTILE): go.mod $(wildcard e2e/hostile/*.go)
+	@mkdir -p $(dir $@) $(GOTMPDIR)
+	@CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w" -o $@ ./e2e/hostile
+
 $(LINTER):
 	@mkdir -p $(dir $@) $(GOTMPDIR)
 	@GOBIN=$(CURDIR)/$(dir $@) $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 	@mv $(dir $@)golangci-lint $@
+
+$(VULN):
+	@mkdir -p $(dir $@) $(GOTMPDIR)
+	@GOBIN=$(CURDIR)/$(dir $@) $(GO) install golang.org/x/vuln/cmd/govulncheck@v1.9.0
+	@mv $(dir $@)govulncheck $@
 
 include e2e/kube/targets.mk
 include e2e/faults/targets.mk

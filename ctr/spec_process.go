@@ -8,6 +8,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/coracle-cri/coracle/ctr/wire"
@@ -143,7 +144,22 @@ func (b *builder) rlimits() error {
 		}
 		b.spec.Process.Rlimits = append(b.spec.Process.Rlimits, specs.POSIXRlimit{Type: name, Soft: got.Soft, Hard: got.Hard})
 	}
+	b.reserveProcesses()
 	return nil
+}
+
+// reserveProcesses leaves a quarter of the processes that the user may have to the node itself: a container that forks
+// without end, and that no pids controller stops, would else keep the keeper from making a thread, which ends a Go
+// program. The kernel counts by user id, in the node's user namespace and then for the user as a whole (setrlimit(2),
+// user_namespaces(7)), so this holds for one id at a time: it is no substitute for pids.max.
+func (b *builder) reserveProcesses() {
+	const name = "RLIMIT_NPROC"
+	own, known := b.req.Host.Rlimits[name]
+	if _, asked := b.req.Rlimits[name]; asked || !known || own.Soft == unix.RLIM_INFINITY {
+		return
+	}
+	most := own.Soft - own.Soft/4
+	b.spec.Process.Rlimits = append(b.spec.Process.Rlimits, specs.POSIXRlimit{Type: name, Soft: most, Hard: most})
 }
 
 // ExecProcess returns the process of an exec in the container of spec: the same user, groups, environment,

@@ -120,6 +120,18 @@ func TestRlimitsAreClampedToTheHardLimit(t *testing.T) {
 	refused(t, ErrInvalid, []string{"soft"}, func(r *SpecRequest) { r.Rlimits = map[string]Limit{"RLIMIT_CPU": {2, 1}} })
 }
 
+func TestAQuarterOfTheProcessesIsTheNodes(t *testing.T) {
+	for own, want := range map[uint64][]specs.POSIXRlimit{
+		4096:               {{Type: "RLIMIT_NPROC", Soft: 3072, Hard: 3072}},
+		unix.RLIM_INFINITY: nil,
+	} {
+		spec, sentences := build(t, func(r *SpecRequest) { r.Host.Rlimits = map[string]Limit{"RLIMIT_NPROC": {own, unix.RLIM_INFINITY}} })
+		if !slices.Equal(spec.Process.Rlimits, want) || len(sentences) > 0 {
+			t.Errorf("of %d: rlimits %v, want %v; sentences %q", own, spec.Process.Rlimits, want, sentences)
+		}
+	}
+}
+
 func TestExecProcessIsTheContainersOwnAndShares(t *testing.T) {
 	spec, _ := build(t, security(func(s *runtimeapi.LinuxContainerSecurityContext) {
 		s.RunAsUser, s.NoNewPrivs = &runtimeapi.Int64Value{Value: 1000}, true

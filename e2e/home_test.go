@@ -230,6 +230,11 @@ func (n *node) cleanUp() {
 	if n.t.Failed() {
 		n.t.Logf("the node's log ends with:\n%s", tail(n.logged(), 60))
 	}
+	defer func() {
+		if n.logContains("WARNING: DATA RACE") { // programs of make race
+			n.t.Errorf("the node's log has a data race:\n%s", tail(n.logged(), 80))
+		}
+	}()
 	if n.dead() {
 		return
 	}

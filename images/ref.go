@@ -34,12 +34,12 @@ func parseReference(s string) (reference, error) {
 		return reference{}, fmt.Errorf("%w: image reference is empty", ErrInvalid)
 	}
 	if len(s) > maxRefLength || strings.Contains(s, "://") {
-		return reference{}, fmt.Errorf("%w: image reference %.80q: give registry/repository[:tag][@digest], without a scheme", ErrInvalid, s)
+		return reference{}, fmt.Errorf("%w: image reference %.80q: give registry/repository[:tag][@digest], without a scheme", ErrInvalid, withoutUser(s))
 	}
 	base, digest, hasDigest := strings.Cut(s, "@")
 	if hasDigest {
 		if _, err := v1.NewHash(digest); err != nil {
-			return reference{}, fmt.Errorf("%w: image reference %q: bad digest", ErrInvalid, s)
+			return reference{}, fmt.Errorf("%w: image reference %q: bad digest", ErrInvalid, withoutUser(s))
 		}
 	}
 	tag, err := name.NewTag(base, name.WithDefaultTag(""))
@@ -51,6 +51,16 @@ func parseReference(s string) (reference, error) {
 		ref.Tag = defaultTag
 	}
 	return ref, nil
+}
+
+// withoutUser drops, for an error, what may be a user and a password before a host: no reference has them, and somebody who
+// knows them from URLs may have typed them.
+func withoutUser(s string) string {
+	at := strings.LastIndexByte(s, '@')
+	if at < 0 || strings.HasPrefix(s[at+1:], "sha") {
+		return s
+	}
+	return "…" + s[at:]
 }
 
 // displayHost gives Docker Hub the name that users write, whichever of its hosts was meant.

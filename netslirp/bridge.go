@@ -11,13 +11,16 @@ import (
 	"strings"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
 
 // node is the kernel's side: the node's network namespace, its bridge and the links of the pods.
 type node struct {
 	ns     *os.File
-	route  *netlink.Handle // its socket is inside ns; safe for use by several goroutines
+	route  *netlink.Handle          // its socket is inside ns; safe for use by several goroutines
+	raw    map[int]*nl.SocketHandle // the like, for messages that netlink has no function for
 	bridge netlink.Link
 	reaper *reaper
 	noIPv6 error // why there is no IPv6 here, or nil
@@ -42,6 +45,12 @@ func (n *node) setUp(mtu int) (err error) {
 	if n.route, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
 		return fmt.Errorf("open netlink socket of the node: %w", err)
 	}
+	// Both "none": the socket is made on this thread, where it is, and no namespace is entered.
+	socket, err := nl.GetNetlinkSocketAt(netns.None(), netns.None(), unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("open netlink socket of the node: %w", err)
+	}
+	n.raw = map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: {Socket: socket}}
 	if n.reaper, err = startReaper(); err != nil {
 		return err
 	}
@@ -118,6 +127,9 @@ func (n *node) close() error {
 	}
 	if n.route != nil {
 		n.route.Close()
+	}
+	for _, handle := range n.raw {
+		handle.Close()
 	}
 	return n.ns.Close()
 }

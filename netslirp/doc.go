@@ -30,8 +30,9 @@
 // namespace and restore it (netlink.NewHandleAt, nftables.WithNetNSFd) are not used for that.
 //
 // State: Network owns Config.Dir (records, host-local's store, the pod CIDR) and is its only writer. The kernel's
-// objects are the bridge, links named pod<12 hex digits> with the pod's id as their alias, and, for each version of
-// IP, the nftables table "coracle" and one routing rule with its table (0x636f). rootlesskit's parent owns the
+// objects are the bridge, links named pod<12 hex digits> with the pod's id as their alias, the nftables table "coracle"
+// of bridges, which keeps pods to their addresses (guard.go), permanent neighbours of the bridge, and, for each version
+// of IP, the nftables table "coracle" and one routing rule with its table (0x636f). rootlesskit's parent owns the
 // published ports; they are told apart by the pod address that they lead to. A pod's TCP server sees the address of a
 // client outside the node (portchild.go).
 //

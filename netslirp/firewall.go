@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -47,7 +46,7 @@ const firewallTable = "coracle"
 // A pod adds elements and never rules, so that its cost does not grow with the number of pods. hairpin holds a
 // pod's address twice: a pod that reaches itself by its host port would drop a packet from its own address.
 type firewall struct {
-	ns       *os.File
+	rules    *ruleset
 	bridge   string
 	families []*family
 }
@@ -85,20 +84,15 @@ func newTables(f *family) tables {
 
 func (t tables) sets() []*nftables.Set { return []*nftables.Set{t.hostPorts, t.hostPortsAt, t.hairpin} }
 
-// transaction sends what fill adds for each of the families, all or nothing. The socket is made for it by a thread
-// inside the namespace, as one that met an error is out of step with its answers.
+// transaction sends what fill adds for each of the families, all or nothing.
 func (f *firewall) transaction(fill func(*nftables.Conn, tables) error) error {
-	return inNetNS(f.ns, func() error {
-		conn, err := nftables.New()
-		if err != nil {
-			return err
-		}
+	return f.rules.transaction(func(conn *nftables.Conn) error {
 		for _, version := range f.families {
 			if err := fill(conn, newTables(version)); err != nil {
 				return err
 			}
 		}
-		return conn.Flush()
+		return nil
 	})
 }
 
@@ -232,7 +226,7 @@ func (f *firewall) remove(forwards []forward) error {
 func (f *firewall) removeEach(forwards []forward) error {
 	var errs []error
 	for _, version := range f.families {
-		one := &firewall{ns: f.ns, bridge: f.bridge, families: []*family{version}}
+		one := &firewall{rules: f.rules, bridge: f.bridge, families: []*family{version}}
 		for i, some := range newTables(version).elementsOf(forwards) {
 			for _, e := range some {
 				err := one.transaction(func(c *nftables.Conn, t tables) error {

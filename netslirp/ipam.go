@@ -90,6 +90,15 @@ var _ backend.Store = (*ledger)(nil)
 // openLedger reads the store, and sweeps an address whose owner a crash kept from being written.
 func openLedger(dataDir string) (*ledger, error) {
 	const network = "ipam"
+	// The library would make them for others to read.
+	if err := os.MkdirAll(filepath.Join(dataDir, network), 0o700); err != nil {
+		return nil, fmt.Errorf("make address store: %w", err)
+	}
+	if lock, err := os.OpenFile(filepath.Join(dataDir, network, "lock"), os.O_CREATE|os.O_RDWR, 0o600); err != nil {
+		return nil, fmt.Errorf("make lock of address store: %w", err)
+	} else if err := lock.Close(); err != nil {
+		return nil, fmt.Errorf("make lock of address store: %w", err)
+	}
 	store, err := disk.New(network, dataDir)
 	if err != nil {
 		return nil, fmt.Errorf("open address store: %w", err)

@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/coracle-cri/coracle/e2e/crash"
@@ -61,9 +62,8 @@ func (n *node) plug(r *record, pod *os.File) (refused []netip.Prefix, err error)
 		return nil, fmt.Errorf("make veth %s: %w", r.Link, err)
 	}
 	crash.Point("net/link-made")
-	// Where br_netfilter is on, a Service's DNAT happens inside the bridge and may lead back to the same port.
-	if err := n.route.LinkSetHairpin(veth, true); err != nil {
-		return nil, fmt.Errorf("set hairpin of %s: %w", r.Link, err)
+	if err := n.settlePort(r.Link, veth.Attrs().Index); err != nil {
+		return nil, err
 	}
 	if err := n.route.LinkSetAlias(veth, r.PodID); err != nil {
 		return nil, fmt.Errorf("set alias of %s: %w", r.Link, err)
@@ -77,20 +77,57 @@ func (n *node) plug(r *record, pod *os.File) (refused []netip.Prefix, err error)
 		return nil, err
 	}
 	crash.Point("net/pod-configured")
-	return refused, n.introduce(r, veth.PeerHardwareAddr)
+	return refused, n.introduce(r, veth.Attrs().Index, veth.PeerHardwareAddr)
 }
 
-// introduce tells the node the MAC of the pod's IPv6 addresses. They may have been another pod's, of another IPv4
-// address and so another MAC, that the node would go on sending to for some seconds.
-func (n *node) introduce(r *record, mac net.HardwareAddr) error {
+// settlePort sets how the bridge treats the link. It learns no MAC from it, so that a pod cannot draw another's frames
+// to itself, and floods nothing to it: it knows where each MAC is (introduce). Where br_netfilter is on, a Service's
+// DNAT happens inside the bridge and may lead back to the same port, which takes the hairpin mode.
+func (n *node) settlePort(link string, index int) error {
+	req := nl.NewNetlinkRequest(unix.RTM_SETLINK, unix.NLM_F_ACK)
+	req.Sockets = n.raw
+	msg := nl.NewIfInfomsg(unix.AF_BRIDGE)
+	msg.Index = int32(index)
+	req.AddData(msg)
+	port := nl.NewRtAttr(unix.IFLA_PROTINFO|unix.NLA_F_NESTED, nil)
+	port.AddRtAttr(nl.IFLA_BRPORT_MODE, []byte{1}) // hairpin
+	for _, attr := range []int{nl.IFLA_BRPORT_LEARNING, nl.IFLA_BRPORT_UNICAST_FLOOD, nl.IFLA_BRPORT_MCAST_FLOOD, nl.IFLA_BRPORT_BCAST_FLOOD} {
+		port.AddRtAttr(attr, []byte{0})
+	}
+	req.AddData(port)
+	if _, err := req.Execute(unix.NETLINK_ROUTE, 0); err != nil {
+		return fmt.Errorf("set %s up as a port of %s: %w", link, n.bridge.Attrs().Name, err)
+	}
+	return nil
+}
+
+// introduce tells the bridge where the pod's MAC is, and the node that the pod's addresses have it, for good: neither
+// asks, and so nobody else can answer.
+func (n *node) introduce(r *record, link int, mac net.HardwareAddr) error {
+	err := n.route.NeighSet(&netlink.Neigh{LinkIndex: link, Family: unix.AF_BRIDGE, Flags: netlink.NTF_MASTER,
+		State: netlink.NUD_NOARP, HardwareAddr: mac})
+	if err != nil {
+		return fmt.Errorf("tell %s where %s is: %w", n.bridge.Attrs().Name, mac, err)
+	}
 	for _, a := range r.Addresses {
-		if familyOf(a.Addr()) != ipv6 {
-			continue
-		}
-		err := n.route.NeighSet(&netlink.Neigh{LinkIndex: n.bridge.Attrs().Index, Family: ipv6.number, State: netlink.NUD_REACHABLE,
-			IP: a.Addr().AsSlice(), HardwareAddr: mac})
-		if err != nil {
+		neighbour := n.neighbour(a.Addr())
+		neighbour.State, neighbour.HardwareAddr = netlink.NUD_PERMANENT, mac
+		if err := n.route.NeighSet(neighbour); err != nil {
 			return fmt.Errorf("set neighbour %s: %w", a.Addr(), err)
+		}
+	}
+	return nil
+}
+
+func (n *node) neighbour(ip netip.Addr) *netlink.Neigh {
+	return &netlink.Neigh{LinkIndex: n.bridge.Attrs().Index, Family: familyOf(ip).number, IP: ip.AsSlice()}
+}
+
+// forgetNeighbours undoes that part of introduce which does not go with the link. It is idempotent.
+func (n *node) forgetNeighbours(r *record) error {
+	for _, a := range r.Addresses {
+		if err := n.route.NeighDel(n.neighbour(a.Addr())); err != nil && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("forget neighbour %s: %w", a.Addr(), err)
 		}
 	}
 	return nil
@@ -177,8 +214,7 @@ func routePod(h *netlink.Handle, index int, a netip.Prefix) error {
 	return nil
 }
 
-// unplug sets the link down, after which no frame passes, the bridge has forgotten the pod's MAC, and nothing
-// answers at its address; and retires it. Deleting it takes 30 ms, this 0.2: the reaper does the former. It is
+// unplug sets the link down, after which no frame passes and nothing answers at its address; and retires it. Deleting it takes 30 ms, this 0.2: the reaper does the former. It is
 // idempotent.
 func (n *node) unplug(name string) error {
 	var missing netlink.LinkNotFoundError

@@ -165,32 +165,44 @@ func (l *lab) checkEmpty(n *Network) {
 	if ports, err := l.api.ListPorts(context.Background()); err != nil || len(ports) > 0 {
 		l.t.Errorf("published ports left: %v, %v", ports, err)
 	}
-	must(l.t, l.inNode(func() error {
-		conn, err := nftables.New()
-		if err != nil {
-			return err
-		}
-		var sets []*nftables.Set
-		for _, f := range n.node.families() {
-			sets = append(sets, newTables(f).sets()...)
-		}
-		for _, set := range sets {
-			found, err := conn.GetSetByName(set.Table, set.Name)
-			if err != nil {
-				return err
-			}
-			elements, err := conn.GetSetElements(found)
-			if err != nil || len(elements) > 0 {
-				return fmt.Errorf("elements of %s left: %v, %w", set.Name, elements, err)
-			}
-		}
-		return nil
-	}))
+	eventually(l.t, "tables and neighbours empty", func() error { return l.inNode(func() error { return emptyTables(n) }) })
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if len(n.pods) > 0 || len(n.busy) > 0 || len(n.ledger.held) > 0 {
 		l.t.Errorf("in memory: pods %v, busy %v, addresses %v", n.pods, n.busy, n.ledger.held)
 	}
+}
+
+// emptyTables is called inside the node's namespace.
+func emptyTables(n *Network) error {
+	conn, err := nftables.New()
+	if err != nil {
+		return err
+	}
+	var sets []*nftables.Set
+	for _, f := range n.node.families() {
+		sets = append(sets, newTables(f).sets()...)
+	}
+	for _, set := range newGuardTable().pods {
+		sets = append(sets, set)
+	}
+	for _, set := range sets {
+		found, err := conn.GetSetByName(set.Table, set.Name)
+		if err != nil {
+			return err
+		}
+		elements, err := conn.GetSetElements(found)
+		if err != nil || len(elements) > 0 {
+			return fmt.Errorf("elements of %s left: %v, %w", set.Name, elements, err)
+		}
+	}
+	neighbours, err := netlink.NeighList(n.node.bridge.Attrs().Index, 0)
+	for _, x := range neighbours {
+		if x.State == netlink.NUD_PERMANENT && !x.IP.IsMulticast() {
+			err = errors.Join(err, fmt.Errorf("neighbour %v is left", x))
+		}
+	}
+	return err
 }
 
 func (l *lab) inNode(fn func() error) error {

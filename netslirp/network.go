@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -51,7 +52,9 @@ func (c Config) withDefaults() Config {
 type Network struct {
 	cfg      Config
 	node     *node
+	rules    *ruleset
 	firewall *firewall
+	guard    *guard
 	ledger   *ledger
 	records  recordDir
 	ports    *publisher
@@ -110,6 +113,9 @@ func Open(cfg Config) (_ *Network, err error) {
 	if err := n.openFirewall(); err != nil {
 		return nil, err
 	}
+	if err := n.openGuard(); err != nil {
+		return nil, err
+	}
 	if err := n.node.openLoopback(); err != nil { // not before the firewall keeps pods out of it
 		return nil, err
 	}
@@ -120,7 +126,8 @@ func Open(cfg Config) (_ *Network, err error) {
 // openFirewall does without IPv6 where the kernel has no nftables for it, unless the pod CIDR was asked to have it. To
 // look first would cost a start the 10 ms that the kernel takes to delete what it was tried with.
 func (n *Network) openFirewall() error {
-	n.firewall = &firewall{ns: n.node.ns, bridge: n.cfg.Bridge, families: n.node.families()}
+	n.rules = &ruleset{ns: n.node.ns}
+	n.firewall = &firewall{rules: n.rules, bridge: n.cfg.Bridge, families: n.node.families()}
 	err := n.firewall.replace(n.pools.prefixes(), n.allForwards())
 	if err == nil || n.node.noIPv6 != nil {
 		return err
@@ -134,6 +141,20 @@ func (n *Network) openFirewall() error {
 	n.firewall.families = n.node.families()
 	if n.firewall.replace(n.pools.prefixes(), n.allForwards()) != nil {
 		return err // IPv6 is not what is wrong
+	}
+	return nil
+}
+
+func (n *Network) openGuard() error {
+	n.guard = &guard{rules: n.rules, mac: n.node.bridge.Attrs().HardwareAddr}
+	n.mu.Lock()
+	pods := slices.Collect(maps.Values(n.pods))
+	n.mu.Unlock()
+	if err := n.guard.replace(pods); err != nil {
+		return err
+	}
+	if n.guard.absent != nil {
+		n.cfg.Log.Warn("pods with CAP_NET_RAW or CAP_NET_ADMIN can send from the addresses of others", "cause", n.guard.absent)
 	}
 	return nil
 }
@@ -181,11 +202,15 @@ func (n *Network) Info() map[string]string {
 	if n.node.noIPv6 != nil {
 		six = "pods have no IPv6 addresses: " + n.node.noIPv6.Error()
 	}
+	own := "a pod sends from its own addresses only"
+	if n.guard.absent != nil {
+		own = "a pod with CAP_NET_RAW or CAP_NET_ADMIN can send from any address: " + n.guard.absent.Error()
+	}
 	for _, f := range n.node.families() {
 		tables = append(tables, f.name+" "+firewallTable)
 	}
 	return map[string]string{
-		"netns": n.cfg.NetNS, "bridge": n.cfg.Bridge, "mtu": strconv.Itoa(n.cfg.MTU), "dns": n.cfg.DNS, "ipv6": six,
+		"netns": n.cfg.NetNS, "bridge": n.cfg.Bridge, "mtu": strconv.Itoa(n.cfg.MTU), "dns": n.cfg.DNS, "ipv6": six, "sourceAddresses": own,
 		"podCIDR": formatPodCIDR(cidrs), "gateway": strings.Join(gateways, ","), "addressTranslation": "nftables tables " + strings.Join(tables, ", "),
 		"pods": strconv.Itoa(len(n.pods)), "hostPorts": strconv.Itoa(published),
 	}
@@ -210,6 +235,9 @@ func (n *Network) Close() error {
 func (n *Network) release() error {
 	n.ports.close()
 	var errs []error
+	if n.rules != nil {
+		errs = append(errs, n.rules.close())
+	}
 	if n.node != nil {
 		errs = append(errs, n.node.close())
 	}

@@ -52,6 +52,9 @@ func (d portChild) RunChildDriver(config map[string]string, quit <-chan struct{}
 		return fmt.Errorf("run port driver: %w", err)
 	}
 	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: config[opaque.SocketPath], Net: "unix"})
+	if err == nil {
+		err = os.Chmod(config[opaque.SocketPath], 0o600)
+	}
 	if err := errors.Join(err, ready.Close()); err != nil { // the parent waits for the end of the pipe
 		return fmt.Errorf("run port driver: %w", err)
 	}

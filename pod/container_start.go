@@ -58,7 +58,7 @@ func (s *Service) launch(ctx context.Context, p *pod, c *container) (ctr.State, 
 	}
 	if c.spec.LogPath != "" {
 		// The kubelet makes the container's directory below the pod's log directory; crictl does not.
-		if err := os.MkdirAll(filepath.Dir(c.spec.LogPath), 0o755); err != nil {
+		if err := os.MkdirAll(filepath.Dir(c.spec.LogPath), 0o700); err != nil {
 			return ctr.State{}, fmt.Errorf("make log directory: %w", err)
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"sync"
 	"time"
@@ -11,6 +12,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/coracle-cri/coracle/ctr"
+	"github.com/coracle-cri/coracle/pod/streaming"
 )
 
 // execSyncLimit: "The runtime should cap the output of this response to 16MB." (CVE-2022-1708)
@@ -46,7 +48,9 @@ func (s *Service) execSync(ctx context.Context, req *runtimeapi.ExecSyncRequest)
 }
 
 // capture runs a command to its end and keeps its output. The end of ctx kills every process of it.
-func (s *Service) capture(ctx context.Context, c *container, cmd []string, stdout, stderr *cappedBuffer) (int, error) {
+func (s *Service) capture(ctx context.Context, c *container, cmd []string, stdout, stderr io.Writer) (int, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
 	outR, outW, err := newPipe(true)
 	if err != nil {
 		return 0, err
@@ -65,12 +69,25 @@ func (s *Service) capture(ctx context.Context, c *container, cmd []string, stdou
 		return 0, err
 	}
 	var wg sync.WaitGroup
-	wg.Go(func() { _ = copyOutput(stdout, outR) }) // the buffer does not fail; a pipe that does has ended
-	wg.Go(func() { _ = copyOutput(stderr, errR) })
+	for _, x := range []struct {
+		to   io.Writer
+		from *os.File
+	}{{stdout, outR}, {stderr, errR}} {
+		wg.Go(func() {
+			// A buffer does not fail, and a pipe that does has ended. A panic ends the command, whose pipe nobody reads.
+			if err := streaming.Guard(func() error { _ = copyOutput(x.to, x.from); return nil }); err != nil {
+				cancel(err)
+			}
+		})
+	}
 	code, err := session.Wait(ctx)
 	err = errors.Join(err, session.Close())
 	endOutput(outR, errR)
 	wg.Wait()
+	if defect := (*streaming.Defect)(nil); errors.As(context.Cause(ctx), &defect) {
+		s.cfg.Log.Error("panic", "method", "ExecSync", "reason", defect.Reason, "stack", string(defect.Stack))
+		return 0, defect
+	}
 	return code, err
 }
 

@@ -24,7 +24,7 @@ func (p *pod) etcDir() string { return filepath.Join(p.dir, "etc") }
 // mountEtc makes a filesystem for the files that containers find at /etc. Containers may write to them without end,
 // and the runtime directory, small and the whole user's, is where the node keeps what it must be able to write.
 func (p *pod) mountEtc() error {
-	if err := os.MkdirAll(p.etcDir(), 0o755); err != nil {
+	if err := os.MkdirAll(p.etcDir(), 0o700); err != nil {
 		return fmt.Errorf("make directory of pod files: %w", err)
 	}
 	if err := unix.Mount("etc", p.etcDir(), "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, etcOptions); err != nil {
@@ -82,7 +82,7 @@ func (p *pod) mountShm() error {
 		return nil
 	}
 	dir := p.files().Shm
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("make shm directory: %w", err)
 	}
 	if err := unix.Mount("shm", dir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, shmOptions); err != nil {
@@ -123,7 +123,7 @@ func makeLogDir(dir string) (undo func() error, err error) {
 	if _, err := os.Stat(dir); err == nil {
 		return nothing, nil
 	}
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nothing, fmt.Errorf("make log directory: %w", err)
 	}
 	crash.Point("pod/logs-made")

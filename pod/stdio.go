@@ -70,9 +70,11 @@ func (x *stdio) output(w io.Writer, r *os.File) {
 		return
 	}
 	x.outputs.Go(func() {
-		if err := copyOutput(w, r); err != nil {
-			closeFiles(r) // the client takes no more: the process is to see it (SIGPIPE), not to hang
-		}
+		x.client.Guard(func() {
+			if err := copyOutput(w, r); err != nil {
+				closeFiles(r) // the client takes no more: the process is to see it (SIGPIPE), not to hang
+			}
+		})
 	})
 }
 

@@ -2,6 +2,7 @@ package pod
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -11,6 +12,8 @@ import (
 
 	"google.golang.org/grpc/codes"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/coracle-cri/coracle/pod/streaming"
 )
 
 func (h *harness) running(script string) string {
@@ -54,6 +57,27 @@ func TestExecSync(t *testing.T) {
 	_, err = h.ReopenContainerLog(h.ctx(), &runtimeapi.ReopenContainerLogRequest{ContainerId: id})
 	wantCode(t, err, codes.FailedPrecondition)
 }
+
+// TestPanicInExecSync: a defect in the copy of a command's output is the call's error, and ends the command.
+func TestPanicInExecSync(t *testing.T) {
+	h := newHarness(t)
+	id := h.running("sleep 1000")
+	c, err := h.index.container(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = h.capture(h.ctx(), c, []string{"/bin/sh", "-c", "while :; do echo x; done"}, panicking{}, &cappedBuffer{max: 10})
+	if defect := (*streaming.Defect)(nil); !errors.As(err, &defect) {
+		t.Errorf("%v", err)
+	}
+	if _, err := h.ExecSync(h.ctx(), &runtimeapi.ExecSyncRequest{ContainerId: id, Cmd: []string{"/bin/true"}}); err != nil {
+		t.Errorf("the next call: %v", err)
+	}
+}
+
+type panicking struct{}
+
+func (panicking) Write([]byte) (int, error) { panic("a test's") }
 
 // TestStreamRequests: what the CRI says of the requests is held, with its codes.
 func TestStreamRequests(t *testing.T) {

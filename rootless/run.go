@@ -51,6 +51,9 @@ func (n Node) InitRootlesskit() error {
 	if err := parent.InitStateDir(n.RootlesskitDir()); err != nil {
 		return fmt.Errorf("make rootlesskit state directory: %w", err)
 	}
+	if err := os.Chmod(n.RootlesskitDir(), 0o700); err != nil {
+		return fmt.Errorf("make rootlesskit state directory private: %w", err)
+	}
 	return nil
 }
 
@@ -68,6 +71,8 @@ func (n Node) RunParent(o ParentOptions) error {
 	if o.Evacuate {
 		opt.EvacuateCgroup2 = SupervisorCgroup
 	}
+	// RootlessKit's sockets and files are for this user alone. The child has a mask of its own.
+	unix.Umask(0o077)
 	err := parent.Parent(opt)
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
@@ -95,6 +100,8 @@ func RunChild(o ChildOptions) error {
 	if o.Ports != nil {
 		o.Ports = steadfast{o.Ports}
 	}
+	// Whatever the mask of the shell was: libcontainer gives a container's first process this one, and an exec its own.
+	unix.Umask(0o022)
 	return child.Child(child.Opt{
 		PipeFDEnvKey: pipeEnv, RunActivationHelperEnvKey: helperEnv, ChildUseActivationEnvKey: activationEnv, StateDirEnvKey: stateEnv,
 		TargetCmd: o.Command, NetworkDriver: o.Network, PortDriver: o.Ports,

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -214,6 +215,10 @@ func (s *settings) resolve(flags *pflag.FlagSet) (config, error) {
 		if err := k.set(&c, value); err != nil {
 			return c, fmt.Errorf("%s: %w", from, err)
 		}
+	}
+	if at, err := netip.ParseAddrPort(c.Streaming.Address); err != nil || !at.Addr().IsLoopback() {
+		return c, fmt.Errorf("streaming.address: %q: give a loopback address and a port, as 127.0.0.1:0; who may connect and has a URL needs no other leave",
+			c.Streaming.Address)
 	}
 	for i, dir := range c.CopyUp {
 		if !filepath.IsAbs(dir) || filepath.Clean(dir) == "/tmp" {

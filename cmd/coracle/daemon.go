@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 
 	"github.com/coracle-cri/coracle/cgroupv2"
@@ -60,6 +61,10 @@ func newLogger(c config) *slog.Logger {
 // runDaemon wires the folders and serves until ctx ends. Pods go on without it.
 func runDaemon(ctx context.Context, c config, node rootless.Node) (err error) {
 	log := newLogger(c).With("node", node.Name)
+	// No core file, which would hold credentials of registries (core(5)); and who may trace takes a capability more.
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("forbid core files: %w", err)
+	}
 	record, err := node.ReadRecord()
 	if err != nil {
 		return err
@@ -96,11 +101,11 @@ func runDaemon(ctx context.Context, c config, node rootless.Node) (err error) {
 }
 
 func serve(ctx context.Context, node rootless.Node, server *grpc.Server, adminServer *http.Server, log *slog.Logger) error {
-	cri, err := listenCRI(node.Socket())
+	cri, err := listenCRI(node.Socket(), log)
 	if err != nil {
 		return err
 	}
-	admin, err := listenCRI(adminSocket(node))
+	admin, err := listenCRI(adminSocket(node), log)
 	if err != nil {
 		return errors.Join(err, cri.Close())
 	}

@@ -162,11 +162,11 @@ func recovered(log *slog.Logger, method string, reason any) error {
 }
 
 // listenCRI listens on path for this user alone. A socket that a killed daemon left is replaced.
-func listenCRI(path string) (net.Listener, error) {
+func listenCRI(path string, log *slog.Logger) (net.Listener, error) {
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("remove stale socket: %w", err)
 	}
-	l, err := net.Listen("unix", path)
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
 	if err != nil {
 		return nil, fmt.Errorf("listen: %w", err)
 	}
@@ -174,5 +174,5 @@ func listenCRI(path string) (net.Listener, error) {
 	if err := os.Chmod(path, 0o600); err != nil {
 		return nil, errors.Join(fmt.Errorf("restrict socket: %w", err), l.Close())
 	}
-	return l, nil
+	return ownListener{l, log}, nil
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"os"
 	"runtime"
 
@@ -18,6 +19,10 @@ func Prepare(log *slog.Logger) error {
 	// the end of a container can wait for them.
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("become subreaper: %w", err)
+	}
+	// No core file (core(5)): the specs that pass through hold the environment of containers.
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("forbid core files: %w", err)
 	}
 	// CRI mount propagation is between the node's mounts and a container's: "/" must be shared for volumes that
 	// are mounted later to reach containers, and for Bidirectional ones to come back.
@@ -61,6 +66,11 @@ func LeaveKeyring() error {
 	}
 	if err := unix.KeyctlSetperm(ring, keyringPerm); err != nil {
 		return fmt.Errorf("restrict the session keyring: %w", err)
+	}
+	// The descriptors of the shell that the node was started from are not for the keeper and what it starts. Linux 5.11
+	// has the call; without it, as without the descriptors, all works.
+	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil && !errors.Is(err, unix.ENOSYS) && !errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("drop inherited descriptors: %w", err)
 	}
 	if err := unix.Exec("/proc/self/exe", os.Args, append(os.Environ(), keyringEnv+"=joined")); err != nil {
 		return fmt.Errorf("execute the keeper anew: %w", err)

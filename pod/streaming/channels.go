@@ -106,12 +106,12 @@ func newChannels(ws *websocket.Conn, d dialect, inputs ...byte) *channels {
 func (c *channels) start() {
 	c.wg.Go(func() {
 		defer close(c.done)
-		_ = c.receive() // whatever it was, the session is over
+		_ = Guard(c.receive) // whatever it was, the session is over
 		for _, in := range c.inputs {
 			in.w.Close()
 		}
 	})
-	c.wg.Go(c.beat)
+	c.wg.Go(func() { _ = Guard(func() error { c.beat(); return nil }) }) // without pongs the client gives up
 }
 
 // close says goodbye and ends the connection.

@@ -25,7 +25,7 @@ const forwardProtocol = "portforward.k8s.io"
 func (s *Server) servePortForward(w http.ResponseWriter, r *http.Request, req *runtimeapi.PortForwardRequest) {
 	ctx, cancel := context.WithCancelCause(r.Context())
 	defer cancel(nil)
-	f := &forwarder{server: s, ctx: ctx, cancel: cancel, pod: req.GetPodSandboxId(),
+	f := &forwarder{server: s, ctx: ctx, cancel: cancel, pod: req.GetPodSandboxId(), defect: s.defect("portforward", cancel),
 		connected: make(chan struct{}), pairs: map[string]*pair{}}
 	var err error
 	switch {
@@ -51,6 +51,8 @@ type forwarder struct {
 	connection httpstream.Connection
 	connected  chan struct{} // closed when connection is set
 
+	defect func(error) // see Client
+
 	mu     sync.Mutex // guards what follows, and additions to wg
 	closed bool
 	pairs  map[string]*pair // by request id: those of which one stream has come
@@ -67,7 +69,7 @@ func (f *forwarder) serveSPDY(w http.ResponseWriter, r *http.Request) error {
 	if _, err := httpstream.Handshake(r, w, []string{forwardProtocol}); err != nil {
 		return err
 	}
-	connection := spdy.NewResponseUpgrader().UpgradeResponse(framing{w}, r, f.take)
+	connection := spdy.NewResponseUpgrader().UpgradeResponse(framing{w}, r, guarded(f.take))
 	if connection == nil {
 		return errors.New("upgrade to SPDY: refused")
 	}
@@ -81,7 +83,7 @@ func (f *forwarder) serveTunnel(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	t := newTunnel(ws)
-	connection, err := spdy.NewServerConnection(&frames{Conn: t}, f.take)
+	connection, err := spdy.NewServerConnection(&frames{Conn: t}, guarded(f.take))
 	if err != nil {
 		return errors.Join(err, ws.Close())
 	}
@@ -89,11 +91,20 @@ func (f *forwarder) serveTunnel(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
+// guard calls fn. A panic ends the session.
+func (f *forwarder) guard(fn func()) {
+	if err := Guard(func() error { fn(); return nil }); err != nil {
+		f.defect(err)
+	}
+}
+
+func (f *forwarder) spawn(fn func()) { f.wg.Go(func() { f.guard(fn) }) }
+
 // serve waits for the end of the session, then for its connections, and closes what is below them.
 func (f *forwarder) serve(connection httpstream.Connection, below io.Closer) {
 	f.connection = connection
 	close(f.connected)
-	f.wg.Go(func() { connOf(f.ctx).watch(f.ctx) })
+	f.spawn(func() { connOf(f.ctx).watch(f.ctx) })
 	f.await(connection.CloseChan())
 	f.mu.Lock()
 	f.closed = true
@@ -149,7 +160,7 @@ func (f *forwarder) take(stream httpstream.Stream, replied <-chan struct{}) erro
 	if p.data.Stream != nil && p.failure.Stream != nil {
 		delete(f.pairs, id)
 		p.late.Stop()
-		f.wg.Go(func() { f.forward(p, uint16(port)) })
+		f.spawn(func() { f.forward(p, uint16(port)) })
 	}
 	return nil
 }
@@ -189,7 +200,7 @@ func (f *forwarder) forward(p *pair, port uint16) {
 	for _, x := range streams {
 		ready = x.ready(connOf(f.ctx), f.connection.CloseChan()) && ready
 	}
-	client := &Client{Stdin: p.data, Stdout: p.data}
+	client := &Client{Stdin: p.data, Stdout: p.data, defect: f.defect}
 	if ready {
 		if err := f.connect(port, client); err != nil {
 			_, _ = io.WriteString(p.failure, sentence(err)) // a client that is gone is not told
@@ -207,7 +218,11 @@ func (f *forwarder) forward(p *pair, port uint16) {
 }
 
 func (f *forwarder) connect(port uint16, client *Client) error {
-	return reason(f.ctx, f.server.runtime.PortForward(f.ctx, f.pod, port, client))
+	err := Guard(func() error { return reason(f.ctx, f.server.runtime.PortForward(f.ctx, f.pod, port, client)) })
+	if defect := (*Defect)(nil); errors.As(err, &defect) {
+		f.defect(err)
+	}
+	return err
 }
 
 // serveChannels serves the ports that the CRI's request names, one connection each, on two channels each. Both
@@ -228,11 +243,11 @@ func (f *forwarder) serveChannels(w http.ResponseWriter, r *http.Request, ports 
 	}
 	c := newChannels(ws, portDialects[protocol], inputs...)
 	c.start()
-	f.wg.Go(func() { connOf(f.ctx).watch(f.ctx) })
-	f.wg.Go(func() { f.await(c.done) })
+	f.spawn(func() { connOf(f.ctx).watch(f.ctx) })
+	f.spawn(func() { f.await(c.done) })
 	var connections sync.WaitGroup
 	for i, port := range ports {
-		connections.Go(func() { f.forwardChannel(c, byte(2*i), uint16(port)) })
+		connections.Go(func() { f.guard(func() { f.forwardChannel(c, byte(2*i), uint16(port)) }) })
 	}
 	connections.Wait()
 	f.cancel(nil)
@@ -243,7 +258,7 @@ func (f *forwarder) serveChannels(w http.ResponseWriter, r *http.Request, ports 
 
 func (f *forwarder) forwardChannel(c *channels, data byte, port uint16) {
 	in, out, failure := c.inputs[data], c.output(data), c.output(data+1)
-	client := &Client{Stdin: in, Stdout: out}
+	client := &Client{Stdin: in, Stdout: out, defect: f.defect}
 	number := binary.LittleEndian.AppendUint16(nil, port)
 	_, err := out.Write(number)
 	if err == nil {

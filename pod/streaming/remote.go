@@ -21,14 +21,22 @@ type Client struct {
 	// Sizes has the latest size of the client's terminal; nil without one. It is not closed.
 	Sizes <-chan Size
 
-	wg sync.WaitGroup
+	wg     sync.WaitGroup
+	defect func(error) // ends the session; nil has none to end
 }
 
 // Size is that of a terminal, in characters.
 type Size struct{ Width, Height uint16 }
 
 // Go runs fn beside the session, which waits for it once its streams are closed and its context has ended.
-func (c *Client) Go(fn func()) { c.wg.Go(fn) }
+func (c *Client) Go(fn func()) { c.wg.Go(func() { c.Guard(fn) }) }
+
+// Guard calls fn. A panic ends the session, whose client is told.
+func (c *Client) Guard(fn func()) {
+	if err := Guard(func() error { fn(); return nil }); err != nil && c.defect != nil {
+		c.defect(err)
+	}
+}
 
 // ExitError is the exit code, not 0, of a command that was run.
 type ExitError int
@@ -61,7 +69,7 @@ func (s *Server) serveRemote(w http.ResponseWriter, r *http.Request, want wanted
 		return
 	}
 	ctx, cancel := context.WithCancelCause(r.Context())
-	client := &Client{Stdin: wire.stdin, Stdout: wire.stdout, Stderr: wire.stderr}
+	client := &Client{Stdin: wire.stdin, Stdout: wire.stdout, Stderr: wire.stderr, defect: s.defect(r.PathValue("kind"), cancel)}
 	client.Go(func() {
 		select {
 		case <-wire.gone:
@@ -77,7 +85,10 @@ func (s *Server) serveRemote(w http.ResponseWriter, r *http.Request, want wanted
 			client.Sizes = sizes
 		}
 	}
-	err = reason(ctx, run(ctx, client))
+	err = Guard(func() error { return reason(ctx, run(ctx, client)) })
+	if defect := (*Defect)(nil); errors.As(err, &defect) {
+		client.defect(defect)
+	}
 	if errors.Is(err, errClientGone) {
 		connOf(ctx).kill() // nobody is to be told, and nothing is to wait for it
 	}
@@ -87,6 +98,19 @@ func (s *Server) serveRemote(w http.ResponseWriter, r *http.Request, want wanted
 	wire.close()
 	cancel(nil)
 	client.wg.Wait()
+}
+
+// defect returns what ends a session of that kind for a defect of ours, and says it in the log.
+func (s *Server) defect(kind string, cancel context.CancelCauseFunc) func(error) {
+	var once sync.Once
+	return func(err error) {
+		once.Do(func() {
+			if defect := (*Defect)(nil); errors.As(err, &defect) {
+				s.log.Error("panic", "kind", kind, "reason", defect.Reason, "stack", string(defect.Stack))
+			}
+			cancel(err)
+		})
+	}
 }
 
 // reason puts what ended the session in place of the error that came of it: a cancelled call, or a command that was

@@ -6,6 +6,9 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -50,16 +53,16 @@ type Server struct {
 
 // Serve begins to serve on two listeners of the same port. Browsers are on the host's side, so a request there that
 // comes from another page than ours (there is none) is refused, token or not. Inside the node are kubelets, which
-// pass on the Origin of whoever came to the API server; some clients send one that are no browsers.
+// pass on the Host and the Origin of whoever came to the API server; some clients send one that are no browsers.
 func Serve(runtime Runtime, log *slog.Logger, host, node net.Listener) *Server {
 	s := &Server{runtime: runtime, log: log, addr: host.Addr().String(), conns: map[*conn]struct{}{}}
-	s.tickets.open = map[string]ticket{}
+	s.tickets.open = map[digest]ticket{}
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
 	mux := http.NewServeMux()
 	for _, method := range []string{http.MethodGet, http.MethodPost} {
 		mux.HandleFunc(method+" /{kind}/{token}", s.redeem)
 	}
-	s.listen(host, s.sameOrigin(mux))
+	s.listen(host, s.noPages(mux))
 	s.listen(node, mux)
 	return s
 }
@@ -81,9 +84,15 @@ func (s *Server) listen(l net.Listener, handler http.Handler) {
 	})
 }
 
-// sameOrigin refuses pages of a browser: it lets them open WebSockets to any address, and says where they are from.
-func (s *Server) sameOrigin(next http.Handler) http.Handler {
+// noPages refuses pages of a browser. It lets them open WebSockets to any address, and says where they are from. And
+// where a page has made its own name lead here (DNS rebinding), for the browser the server is the page's own, and it
+// says that name: who was given our URL came by an address.
+func (s *Server) noPages(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !byAddress(r.Host) {
+			http.Error(w, "nobody is told to come here by the name "+strconv.Quote(r.Host), http.StatusForbidden)
+			return
+		}
 		for _, origin := range r.Header.Values("Origin") {
 			if origin != "http://"+s.addr {
 				http.Error(w, "a page of "+origin+" may not use this runtime", http.StatusForbidden)
@@ -92,6 +101,15 @@ func (s *Server) sameOrigin(next http.Handler) http.Handler {
 		}
 		next.ServeHTTP(w, r)
 	})
+}
+
+// byAddress tells whether a Host header is no name, or the one name that leads here on every machine (RFC 6761).
+func byAddress(host string) bool {
+	if name, _, err := net.SplitHostPort(host); err == nil {
+		host = name
+	}
+	_, err := netip.ParseAddr(strings.Trim(host, "[]"))
+	return err == nil || host == "localhost"
 }
 
 // Addr is the host:port of every URL.
@@ -142,7 +160,10 @@ func (s *Server) redeem(w http.ResponseWriter, r *http.Request) {
 	s.sessions.Add(1)
 	s.mu.Unlock()
 	defer s.sessions.Done()
-	serve(w, r)
+	if err := Guard(func() error { serve(w, r); return nil }); err != nil {
+		s.defect(r.PathValue("kind"), func(error) {})(err)
+		connOf(r.Context()).kill()
+	}
 }
 
 // Close ends every session, tells the clients why, and waits for all goroutines.

@@ -65,7 +65,7 @@ func acceptSPDY(w http.ResponseWriter, r *http.Request, want wanted) (*wire, err
 	}
 	resize := want.tty && protocol != "v2.channel.k8s.io"
 	s := newSPDYStreams(want, resize)
-	connection := spdy.NewResponseUpgrader().UpgradeResponse(framing{w}, r, s.take)
+	connection := spdy.NewResponseUpgrader().UpgradeResponse(framing{w}, r, guarded(s.take))
 	if connection == nil {
 		return nil, errors.New("upgrade to SPDY: refused")
 	}
@@ -81,6 +81,13 @@ func acceptSPDY(w http.ResponseWriter, r *http.Request, want wanted) (*wire, err
 		return nil, err
 	}
 	return x, nil
+}
+
+// guarded is for the library's goroutines, in which take is called.
+func guarded(take httpstream.NewStreamHandler) httpstream.NewStreamHandler {
+	return func(stream httpstream.Stream, replied <-chan struct{}) error {
+		return Guard(func() error { return take(stream, replied) })
+	}
 }
 
 func newSPDYStreams(want wanted, resize bool) *spdyStreams {

@@ -102,7 +102,7 @@ func dial(url, protocol string, header http.Header) (ws *websocket.Conn, code in
 
 func TestTickets(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		x := tickets{open: map[string]ticket{}}
+		x := tickets{open: map[digest]ticket{}}
 		issue := func() string {
 			t.Helper()
 			token, err := x.issue("exec", func(http.ResponseWriter, *http.Request) {})
@@ -182,6 +182,97 @@ func TestOrigin(t *testing.T) {
 			}
 			ws.Close()
 		}
+	}
+}
+
+// TestHost: a page that has made its own name lead to the host's port does not get in by it.
+func TestHost(t *testing.T) {
+	s, node := serve(t, runtimeFunc(upper))
+	_, port, err := net.SplitHostPort(s.Addr())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for host, want := range map[string]int{
+		s.Addr(): http.StatusSwitchingProtocols, "localhost:" + port: http.StatusSwitchingProtocols, "localhost": http.StatusSwitchingProtocols,
+		"[::1]:" + port: http.StatusSwitchingProtocols, "192.0.2.1": http.StatusSwitchingProtocols,
+		"evil.example:" + port: http.StatusForbidden, "127.0.0.1.evil.example": http.StatusForbidden, "localhost.evil.example:80": http.StatusForbidden,
+	} {
+		for _, inside := range []bool{false, true} {
+			url, want := s.execURL(t), want
+			if inside { // a kubelet passes on what its own client said
+				url, want = strings.Replace(url, s.Addr(), node, 1), http.StatusSwitchingProtocols
+			}
+			ws, code, text, err := dial(url, "v5.channel.k8s.io", http.Header{"Host": {host}})
+			if code != want {
+				t.Errorf("as %q, inside %v: %d %s, %v", host, inside, code, text, err)
+			}
+			if err == nil {
+				ws.Close()
+			}
+		}
+	}
+}
+
+// TestPanicEndsOneSession: a defect of the daemon's ends the session that has met it, whose client is told, and no other.
+func TestPanicEndsOneSession(t *testing.T) {
+	for name, run := range map[string]runtimeFunc{
+		"in the call": func(context.Context, *Client) error { panic("a test's") },
+		"in a goroutine of it": func(ctx context.Context, client *Client) error {
+			client.Go(func() { panic("a test's") })
+			<-ctx.Done()
+			return ctx.Err()
+		},
+		"in a copy of its own": func(ctx context.Context, client *Client) error {
+			go client.Guard(func() { panic("a test's") })
+			<-ctx.Done()
+			return ctx.Err()
+		},
+		"where a nil is met": func(context.Context, *Client) error { var nobody *Client; return errors.New(fmt.Sprint(nobody.Sizes)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			held, let := make(chan struct{}), make(chan struct{})
+			s, _ := serve(t, runtimeFunc(func(ctx context.Context, client *Client) error {
+				select {
+				case <-held:
+					return run(ctx, client)
+				default:
+				}
+				close(held)
+				<-let
+				return upper(ctx, client)
+			}))
+			var got [2]string
+			var sessions sync.WaitGroup
+			for i := range got {
+				ws, _, _, err := dial(s.execURL(t), "v5.channel.k8s.io", nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer ws.Close()
+				<-held // the second one comes after the first
+				if err := ws.WriteMessage(websocket.BinaryMessage, []byte("\x00hello")); err != nil {
+					t.Fatal(err)
+				}
+				sessions.Go(func() {
+					for {
+						_, raw, err := ws.ReadMessage()
+						if err != nil {
+							return
+						}
+						if len(raw) > 0 && raw[0] == channelFailure {
+							got[i] = string(raw[1:])
+							if i == 1 {
+								close(let)
+							}
+						}
+					}
+				})
+			}
+			sessions.Wait()
+			if !strings.Contains(got[0], "exit code 3") || !strings.Contains(got[1], "the daemon has a defect") {
+				t.Errorf("the clients were told %q", got)
+			}
+		})
 	}
 }
 

@@ -1,0 +1,167 @@
+package e2e
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// TestProgramsAreNotOverwritten: what the keeper executes inside a container on the way to its program cannot be written
+// from there, also not where the container has the keeper's program executed as its own (CVE-2019-5736).
+func TestProgramsAreNotOverwritten(t *testing.T) {
+	x := newTarget(t)
+	digests := func() string {
+		var out []byte
+		for _, name := range []string{"coracle", "coracle-keeper"} {
+			raw, err := os.ReadFile(filepath.Join(binDir, name))
+			if err != nil {
+				t.Fatal(err)
+			}
+			sum := sha256.Sum256(raw)
+			out = append(out, sum[:]...)
+		}
+		return string(out)
+	}
+	before := digests()
+	for _, q := range []quarter{{name: "default"}, {name: "privileged", pod: object{"privileged": true}}} {
+		pod, file := x.runPod(q.name, object{"linux": object{"security_context": q.pod}})
+		id := x.start(pod, file, q.name, x.image, x.hostile(q, "/hostile overwrite"))
+		for range 10 {
+			for _, command := range [][]string{{"/proc/self/exe", "init"}, {"/proc/self/exe", "--version"}, {"/bin/true"}} {
+				x.try(append([]string{"exec", "--sync", id}, command...)...) // most of it fails
+			}
+		}
+		out := x.crictl("logs", id)
+		if !strings.Contains(out, "overwrite: saw ") || strings.Contains(out, "overwrite: through") {
+			t.Errorf("%s:\n%s", q.name, out)
+		}
+		t.Logf("%s: %s", q.name, strings.ReplaceAll(out, "\n", "; "))
+		x.crictl("rmp", "-f", pod)
+	}
+	if digests() != before {
+		t.Error("the programs have changed")
+	}
+	x.down("--grace", "0s")
+}
+
+// TestForkBomb: where no controller counts processes, a container that forks without end meets a limit below that of
+// the user, and the node goes on.
+func TestForkBomb(t *testing.T) {
+	most := uint64(700)
+	var own unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NPROC, &own); err != nil {
+		t.Fatal(err)
+	}
+	if own.Cur < most {
+		t.Skipf("the user may have %d processes", own.Cur)
+	}
+	// The node inherits it. The test itself gets its own back.
+	if err := unix.Setrlimit(unix.RLIMIT_NPROC, &unix.Rlimit{Cur: most, Max: own.Max}); err != nil {
+		t.Fatal(err)
+	}
+	back := func() {
+		if err := unix.Setrlimit(unix.RLIMIT_NPROC, &own); err != nil {
+			t.Error(err)
+		}
+	}
+	t.Cleanup(back)
+	x := newTarget(t)
+	back()
+	daemon := x.daemon()
+	quiet, quietFile := x.runPod("quiet", nil)
+	bystander := x.start(quiet, quietFile, "bystander", x.image, shell("exec sleep 1000"))
+	pod, file := x.runPod("bomb", nil)
+	id := x.start(pod, file, "bomb", x.image, x.hostile(quarter{}, "exec /hostile bomb"))
+	x.awaitLog(id, "bomb: ")
+	var started uint64
+	out := x.crictl("logs", id)
+	if _, err := fmt.Sscanf(out, "bomb: %d", &started); err != nil || started < 100 || started > most-most/4 {
+		t.Errorf("the bomb: %s", out)
+	}
+	if out := x.exec(bystander, "echo", "well"); out != "well" {
+		t.Errorf("another pod meanwhile: %q", out)
+	}
+	other, otherFile := x.runPod("late", nil)
+	x.start(other, otherFile, "late", x.image, shell("exec sleep 1000"))
+	x.crictl("rmp", "-f", pod)
+	if now := x.daemon(); now != daemon {
+		t.Errorf("the daemon was %d and is %d", daemon, now)
+	}
+	x.down("--grace", "0s")
+}
+
+// TestMountsStayInside: destinations of mounts are found in the container's root, whatever symbolic links an image has
+// there, and whatever another container does meanwhile with a volume that they lie in.
+func TestMountsStayInside(t *testing.T) {
+	x := newTarget(t)
+	canary := x.mkdir("canary")
+	source := x.mkdir("source")
+	volume := x.mkdir("volume")
+	if err := os.Mkdir(filepath.Join(volume, "a"), 0o777); err != nil {
+		t.Fatal(err)
+	}
+	// Absolute, and relative by more parents than there are: in a container both are its own.
+	up := strings.Repeat("../", 30) + strings.TrimPrefix(canary, "/")
+	if err := os.Symlink(up, filepath.Join(volume, "b")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(canary, filepath.Join(volume, "still")); err != nil {
+		t.Fatal(err)
+	}
+	pod, file := x.runPod("mounts", nil)
+	hostile := x.hostile(quarter{}, "exec /hostile exchange /volume")
+	shared := object{"host_path": volume, "container_path": "/volume"}
+	hostile["mounts"] = append(hostile["mounts"].([]object), shared)
+	swapper := x.start(pod, file, "swapper", x.image, hostile)
+	for i := range 30 {
+		name := "victim" + strconv.Itoa(i)
+		config := x.containerConfig(name, x.image, shell("exec sleep 1000").with("mounts", []object{shared,
+			{"host_path": source, "container_path": "/volume/a/made/here"},
+			{"host_path": source, "container_path": "/volume/still/made/here"}}))
+		r := x.try("create", pod, config, file)
+		if r.code == 0 {
+			x.try("start", strings.TrimSpace(r.out)) // it may find the link gone: an error is an answer too
+			x.crictl("rm", "-f", strings.TrimSpace(r.out))
+		}
+		entries, err := os.ReadDir(canary)
+		if err != nil || len(entries) > 0 {
+			t.Fatalf("round %d: a mount has left the container: %v, %v", i, entries, err)
+		}
+	}
+	if out := x.crictl("logs", swapper); out != "" {
+		t.Errorf("the exchange ended: %s", out)
+	}
+	x.crictl("rmp", "-f", pod)
+	x.down("--grace", "0s")
+}
+
+// TestLogDirectoryOfAContainer: a container that has its log directory as a volume aims its log at a file of the host's,
+// and the kubelet has it opened anew.
+func TestLogDirectoryOfAContainer(t *testing.T) {
+	x := newTarget(t)
+	secret := x.write("secret", "untouched")
+	logs := x.mkdir("logs")
+	pod, file := x.runPod("logs", object{"log_directory": logs})
+	id := x.start(pod, file, "liar", x.image, shell("while :; do echo from the container; sleep 0.01; done").with("log_path", "liar.log").
+		with("mounts", []object{{"host_path": logs, "container_path": "/logs"}}))
+	for _, trick := range []string{"ln -s " + secret, "ln " + "/etc/hostname", "mkfifo", "mkdir", "mknod /logs/null c 1 3; ln -s /dev/null"} {
+		x.exec(id, "sh", "-c", "rm -rf /logs/liar.log; "+trick+" /logs/liar.log; true")
+		r := x.try("logs", "--reopen", id)
+		_ = r
+		time.Sleep(50 * time.Millisecond) // a few lines
+		if raw, err := os.ReadFile(secret); err != nil || string(raw) != "untouched" {
+			t.Fatalf("after %s: %q, %v", trick, raw, err)
+		}
+	}
+	x.exec(id, "sh", "-c", "rm -rf /logs/liar.log")
+	x.crictl("logs", "--reopen", id)
+	x.crictl("rmp", "-f", pod)
+	x.down("--grace", "0s")
+}
