@@ -15,22 +15,26 @@ import (
 // The CPU time of a node is that of its cgroup, which counts every process that was ever in it: those of a container's
 // start live for milliseconds. A cgroup v2 that this process may write is all it takes; the cpu controller is not needed.
 
-// ownCgroup is the directory of this process's cgroup v2; "" where there is none.
-func ownCgroup() string {
-	raw, err := os.ReadFile("/proc/self/cgroup")
+// cgroupOf is the directory of a process's cgroup v2, or of the one above it that is called name; "" where there is none.
+func cgroupOf(pid int, name string) string {
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
 	mounts, err2 := os.ReadFile("/proc/self/mounts")
 	if err != nil || err2 != nil {
 		return ""
 	}
-	for line := range strings.Lines(string(raw)) {
-		path, ok := strings.CutPrefix(strings.TrimSpace(line), "0::")
-		if !ok {
-			continue
+	_, path, ok := strings.Cut("\n"+string(raw), "\n0::")
+	if !ok {
+		return ""
+	}
+	path = strings.TrimSpace(path)
+	for name != "" && filepath.Base(path) != name {
+		if path = filepath.Dir(path); path == "/" || path == "." {
+			return ""
 		}
-		for mount := range strings.Lines(string(mounts)) {
-			if f := strings.Fields(mount); len(f) > 2 && f[2] == "cgroup2" {
-				return filepath.Join(f[1], path)
-			}
+	}
+	for mount := range strings.Lines(string(mounts)) {
+		if f := strings.Fields(mount); len(f) > 2 && f[2] == "cgroup2" {
+			return filepath.Join(f[1], path)
 		}
 	}
 	return ""
@@ -39,7 +43,7 @@ func ownCgroup() string {
 // confine has the node's first process start in a cgroup of its own, where that can be made. release is for after the start.
 func (n *node) confine() (release func(), err error) {
 	n.cgroup = ""
-	own := ownCgroup()
+	own := cgroupOf(os.Getpid(), "")
 	dir := filepath.Join(own, "bench-"+n.name)
 	if own == "" || os.Mkdir(dir, 0o755) != nil && !isDir(dir) {
 		return func() {}, nil
@@ -90,8 +94,8 @@ func removeCgroup(dir string) error {
 
 // cpu is the CPU time that the node has used, in seconds; false where nobody counts it.
 func (n *node) cpu() (seconds float64, ok bool) {
-	f, err := os.Open(filepath.Join(n.cgroup, "cpu.stat"))
-	if n.cgroup == "" || err != nil {
+	f, err := os.Open(filepath.Join(n.counted, "cpu.stat"))
+	if n.counted == "" || err != nil {
 		return 0, false
 	}
 	defer f.Close()

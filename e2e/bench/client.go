@@ -12,7 +12,9 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -70,10 +72,15 @@ func (c *client) close() {
 	os.RemoveAll(c.logs)
 }
 
-// answers waits for the first answer.
+// answers waits for the first answer: a server that listens may not be ready yet.
 func (c *client) answers(ctx context.Context) error {
-	_, err := c.runtime.Version(ctx, &runtimeapi.VersionRequest{}, grpc.WaitForReady(true))
-	return err
+	for {
+		_, err := c.runtime.Version(ctx, &runtimeapi.VersionRequest{}, grpc.WaitForReady(true))
+		if status.Code(err) != codes.Unavailable || ctx.Err() != nil {
+			return err
+		}
+		time.Sleep(time.Millisecond / 2)
+	}
 }
 
 func (c *client) pull(ctx context.Context, image string) error {
@@ -159,12 +166,12 @@ func (c *client) life(ctx context.Context, o podOptions) (map[string]float64, er
 }
 
 func (c *client) use(ctx context.Context, r running) error {
-	status, err := c.runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: r.container})
+	answered, err := c.runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: r.container})
 	if err != nil {
 		return err
 	}
-	if status.Status.State != runtimeapi.ContainerState_CONTAINER_RUNNING {
-		return fmt.Errorf("the container is %s after StartContainer: %s", status.Status.State, status.Status.Message)
+	if answered.Status.State != runtimeapi.ContainerState_CONTAINER_RUNNING {
+		return fmt.Errorf("the container is %s after StartContainer: %s", answered.Status.State, answered.Status.Message)
 	}
 	at := time.Now()
 	answer, err := c.runtime.ExecSync(ctx, &runtimeapi.ExecSyncRequest{ContainerId: r.container, Cmd: []string{"/bin/true"}})

@@ -9,6 +9,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"syscall"
 	"time"
 )
@@ -120,8 +121,15 @@ func (c *comparison) hear(when string) {
 			return
 		}
 	}
-	c.remarks = append(c.remarks, "The machine was not quiet "+when+": "+why+".")
+	c.remark("The machine was not quiet " + when + ": " + why + ".")
 	c.say("not quiet: " + why)
+}
+
+// remark keeps what a reader of the table has to know, once.
+func (c *comparison) remark(what string) {
+	if !slices.ContainsFunc(c.remarks, func(r string) bool { return r[:min(len(r), 50)] == what[:min(len(what), 50)] }) {
+		c.remarks = append(c.remarks, what)
+	}
 }
 
 // rounds is how many of something to do: fewer in a quick run.

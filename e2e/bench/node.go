@@ -22,6 +22,7 @@ type kind struct {
 	socket  func(dir string) string
 	daemon  func(p process, args []string) bool // whether a process of the node is the one that serves the CRI
 	network func(dir string) (pid int)          // a process in the network that the runtime is in; 0 = the host's
+	group   string                              // the cgroup that the node makes for itself; "" where it stays in ours
 }
 
 // node is a runtime under measurement.
@@ -35,7 +36,8 @@ type node struct {
 	network  int    // a process in the runtime's network namespace; 0 = the host's
 	root     int    // the process that all of the node's descend from; 0 = not known
 	cmd      *exec.Cmd
-	cgroup   string // the node's cgroup; "" = none of its own
+	cgroup   string // that it is started in; "" = none of its own
+	counted  string // that holds all of its processes; "" = not known
 }
 
 // newCoracle is a node of coracle, by programs in a directory.
@@ -53,6 +55,7 @@ func newCoracle(programs string) *node {
 			return p.comm == "coracle" && len(args) > 1 && args[1] == "daemon"
 		},
 		network: func(string) int { return 0 },
+		group:   "coracle-" + name,
 	}}
 }
 
@@ -123,6 +126,10 @@ func (n *node) start(ctx context.Context) (ms float64, err error) {
 		return 0, errors.Join(err, n.stop(), n.tail())
 	}
 	n.network = n.kind.network(n.dir)
+	n.counted = n.cgroup
+	if n.kind.group != "" {
+		n.counted = cgroupOf(n.root, n.kind.group)
+	}
 	return ms, nil
 }
 

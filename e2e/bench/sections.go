@@ -29,7 +29,7 @@ func (c *comparison) cold(ctx context.Context) error {
 				workload, others, guessed := pss(tree(n.root))
 				c.got.add(rowIdle, n.name, workload+others)
 				if i == rounds-1 && len(guessed) > 0 {
-					c.remarks = append(c.remarks, fmt.Sprintf("Of %s of %s the resident size is counted: its memory may not be looked into.", guessed, n.name))
+					c.remark(fmt.Sprintf("Of %s of %s the resident size is counted: its memory may not be looked into.", guessed, n.name))
 				}
 			}
 			if err := n.stop(); err != nil {
@@ -135,6 +135,10 @@ func (c *comparison) lists(ctx context.Context, n *node, f fleet) error {
 			began := time.Now()
 			count, err := call(ctx)
 			took := since(began)
+			if err != nil && n != c.nodes[0] {
+				c.remark(fmt.Sprintf("%s does not answer %s: %.150s…", n.name, name, err))
+				continue
+			}
 			if err != nil {
 				return fmt.Errorf("%s: %w", name, err)
 			}
@@ -201,35 +205,53 @@ func (c *comparison) fiveHundred(ctx context.Context) error {
 	return nil
 }
 
-// pulls pulls the large images from a registry on loopback, and removes them.
+// pulls pulls the large images from a registry on loopback, and removes them. The daemon is started anew before each, so
+// that its memory is that of one pull.
 func (c *comparison) pulls(ctx context.Context) error {
 	for i := range max(2, c.rounds(6)) {
-		for _, n := range c.nodes {
-			for _, p := range []struct{ image, took, cpu, mem string }{
-				{imageSix, rowSix, rowSixCPU, rowSixMem}, {imageOne, rowOne, rowOneCPU, rowOneMem}} {
-				used, counted := n.cpu()
-				high := startPeak(tree(n.root))
-				began := time.Now()
-				if err := n.pull(ctx, n.registry+"/"+p.image); err != nil {
+		for _, p := range []pulled{{imageSix, rowSix, rowSixCPU, rowSixMem}, {imageOne, rowOne, rowOneCPU, rowOneMem}} {
+			for _, n := range c.nodes {
+				if err := c.pulledBy(ctx, n, p, i > 0); err != nil {
 					return fmt.Errorf("%s: %w", n.name, err)
 				}
-				took := since(began)
-				after, _ := n.cpu()
-				if i > 0 {
-					c.got.add(p.took, n.name, took)
-					if counted {
-						c.got.add(p.cpu, n.name, (after-used)*1000)
-					}
-					c.got.add(p.mem, n.name, high.growth())
-				}
-				if err := n.removeImage(ctx, n.registry+"/"+p.image); err != nil {
-					return fmt.Errorf("%s: %w", n.name, err)
-				}
-				time.Sleep(settle / 4)
 			}
 		}
 	}
 	return nil
+}
+
+// pulled is an image that is pulled, and the rows of it.
+type pulled struct{ image, took, cpu, mem string }
+
+func (c *comparison) pulledBy(ctx context.Context, n *node, p pulled, counts bool) error {
+	if n.kind != nil {
+		server, err := n.server()
+		if err == nil {
+			err = server.kill()
+		}
+		if err == nil {
+			err = n.answers(ctx)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	time.Sleep(settle / 2)
+	used, counted := n.cpu()
+	high := startPeak(tree(n.root))
+	began := time.Now()
+	if err := n.pull(ctx, n.registry+"/"+p.image); err != nil {
+		return err
+	}
+	took := since(began)
+	if after, ok := n.cpu(); ok && counted && counts {
+		c.got.add(p.cpu, n.name, (after-used)*1000)
+	}
+	if counts {
+		c.got.add(p.took, n.name, took)
+		c.got.add(p.mem, n.name, high.growth())
+	}
+	return n.removeImage(ctx, n.registry+"/"+p.image)
 }
 
 // streams measures what flows from a container to a client and to its log.
