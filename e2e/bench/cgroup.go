@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
 	"os"
@@ -15,7 +14,7 @@ import (
 // The CPU time of a node is that of its cgroup, which counts every process that was ever in it: those of a container's
 // start live for milliseconds. A cgroup v2 that this process may write is all it takes; the cpu controller is not needed.
 
-// cgroupOf is the directory of a process's cgroup v2, or of the one above it that is called name; "" where there is none.
+// cgroupOf is the directory of a process's cgroup v2, or of the one above it whose name begins so; "" where there is none.
 func cgroupOf(pid int, name string) string {
 	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
 	mounts, err2 := os.ReadFile("/proc/self/mounts")
@@ -27,7 +26,7 @@ func cgroupOf(pid int, name string) string {
 		return ""
 	}
 	path = strings.TrimSpace(path)
-	for name != "" && filepath.Base(path) != name {
+	for name != "" && !strings.HasPrefix(filepath.Base(path), name) {
 		if path = filepath.Dir(path); path == "/" || path == "." {
 			return ""
 		}
@@ -92,18 +91,41 @@ func removeCgroup(dir string) error {
 	return os.Remove(dir)
 }
 
+// findGroups finds the cgroups that the node's processes are in: the one that it was started in, and the one that it
+// has made for itself elsewhere.
+func (n *node) findGroups() error {
+	n.counted = nil
+	if n.cgroup == "" {
+		return nil
+	}
+	n.counted = []string{n.cgroup}
+	if n.kind.group == "" {
+		return nil
+	}
+	server, err := n.server()
+	if err != nil {
+		return err
+	}
+	if dir := cgroupOf(server.pid, n.kind.group); dir != "" && !strings.HasPrefix(dir, n.cgroup+"/") {
+		n.counted = append(n.counted, dir)
+	}
+	return nil
+}
+
 // cpu is the CPU time that the node has used, in seconds; false where nobody counts it.
 func (n *node) cpu() (seconds float64, ok bool) {
-	f, err := os.Open(filepath.Join(n.counted, "cpu.stat"))
-	if n.counted == "" || err != nil {
-		return 0, false
-	}
-	defer f.Close()
-	for s := bufio.NewScanner(f); s.Scan(); {
-		if rest, found := strings.CutPrefix(s.Text(), "usage_usec "); found {
-			usec, err := strconv.ParseFloat(rest, 64)
-			return usec / 1e6, err == nil
+	for _, dir := range n.counted {
+		raw, err := os.ReadFile(filepath.Join(dir, "cpu.stat"))
+		if err != nil {
+			return 0, false
 		}
+		_, rest, _ := strings.Cut("\n"+string(raw), "\nusage_usec ")
+		value, _, _ := strings.Cut(rest, "\n")
+		usec, err := strconv.ParseFloat(value, 64)
+		if err != nil {
+			return 0, false
+		}
+		seconds += usec / 1e6
 	}
-	return 0, false
+	return seconds, len(n.counted) > 0
 }

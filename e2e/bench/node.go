@@ -36,8 +36,8 @@ type node struct {
 	network  int    // a process in the runtime's network namespace; 0 = the host's
 	root     int    // the process that all of the node's descend from; 0 = not known
 	cmd      *exec.Cmd
-	cgroup   string // that it is started in; "" = none of its own
-	counted  string // that holds all of its processes; "" = not known
+	cgroup   string   // that it is started in; "" = none of its own
+	counted  []string // those that hold its processes; none: not known
 }
 
 // newCoracle is a node of coracle, by programs in a directory.
@@ -94,11 +94,11 @@ func newSocket(spec string) (*node, error) {
 	return n, nil
 }
 
-// start starts the node, in a new directory where there is none yet, and waits for its first answer. It returns how
+// start starts the node, in a new directory below dir where it has none yet, and waits for its first answer. It returns how
 // long that took, in milliseconds, since before the first program was executed.
-func (n *node) start(ctx context.Context) (ms float64, err error) {
+func (n *node) start(ctx context.Context, dir string) (ms float64, err error) {
 	if n.dir == "" {
-		if n.dir, err = os.MkdirTemp("", "bench-"); err != nil {
+		if n.dir, err = os.MkdirTemp(dir, "bench-"); err != nil {
 			return 0, err
 		}
 	}
@@ -126,11 +126,7 @@ func (n *node) start(ctx context.Context) (ms float64, err error) {
 		return 0, errors.Join(err, n.stop(), n.tail())
 	}
 	n.network = n.kind.network(n.dir)
-	n.counted = n.cgroup
-	if n.kind.group != "" {
-		n.counted = cgroupOf(n.root, n.kind.group)
-	}
-	return ms, nil
+	return ms, n.findGroups()
 }
 
 // firstAnswer waits until the runtime answers; the result counts from began, in milliseconds.

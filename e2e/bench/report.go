@@ -17,6 +17,7 @@ type raw struct {
 	Began   time.Time
 	Took    string
 	Machine string
+	Data    string // directory of the nodes' data
 	Remarks []string
 	Figures figures // row → runtime → values, in the row's unit
 	Units   map[string]string
@@ -24,7 +25,7 @@ type raw struct {
 
 // report writes the figures, the table and the picture to a directory, and prints the table.
 func (c *comparison) report(dir string, began time.Time) error {
-	r := raw{Began: began, Took: time.Since(began).Round(time.Second).String(), Machine: machine(), Remarks: c.remarks, Figures: c.got, Units: map[string]string{}}
+	r := raw{Began: began, Took: time.Since(began).Round(time.Second).String(), Machine: machine(), Data: c.dir, Remarks: c.remarks, Figures: c.got, Units: map[string]string{}}
 	for _, row := range table() {
 		r.Units[row.key] = row.unit
 	}
@@ -67,7 +68,7 @@ func machine() string {
 // markdown is the table: medians, 95th percentiles in brackets, and how many times better the first runtime is.
 func (r raw) markdown(names []string) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%s; %s, in %s\n\n", r.Machine, r.Began.Format("2 January 2006"), r.Took)
+	fmt.Fprintf(&b, "%s; data in %s; %s, in %s\n\n", r.Machine, r.Data, r.Began.Format("2 January 2006"), r.Took)
 	fmt.Fprintf(&b, "| median (p95) | %s | times better | aim |\n|---|%s---|---|\n", strings.Join(names, " | "), strings.Repeat("---|", len(names)))
 	for _, row := range table() {
 		values := r.Figures[row.key]

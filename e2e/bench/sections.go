@@ -17,7 +17,7 @@ func (c *comparison) cold(ctx context.Context) error {
 	rounds := max(2, c.rounds(10))
 	for i := range rounds {
 		for _, n := range c.own() {
-			ms, err := n.start(ctx)
+			ms, err := n.start(ctx, c.dir)
 			if err != nil {
 				return err
 			}
