@@ -152,7 +152,7 @@ fuzz-here:
 	[ $$ran -gt 0 ] || { echo "no fuzz target of $(FUZZED) has a name with $(RUN)" >&2; exit 1; }
 
 bench: ## measure coracle and rootless containerd in turn: table, figures and picture; some 10 minutes. BENCH="-quick", BENCH="-rows pull"
-	@scripts/setup.sh --demo
+	@scripts/setup.sh --bench
 	@scripts/as-user.sh make bench-here BENCH='$(BENCH)'
 
 bench-here: build peer

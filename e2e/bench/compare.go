@@ -25,6 +25,7 @@ type comparison struct {
 	remarks  []string
 	quick    bool
 	dir      string // where the nodes keep their data
+	earlier  *raw   // a run whose figures are kept where this one has none
 }
 
 // dataDir is where a disk is not what is measured: some file systems' creation of files takes ten times longer when
@@ -51,6 +52,7 @@ func compareCommand(args []string) error {
 	out := f.String("out", ".cache/bench", "directory for the figures (JSON), the table (Markdown) and the picture (SVG)")
 	only := f.String("rows", ".", "sections to run, a regular expression: cold, calls, fifty, fivehundred, pull, streams")
 	quick := f.Bool("quick", false, "few rounds, and no 500 pods: half a minute, to see whether all works")
+	add := f.String("add", "", "figures (JSON) of an earlier run, whose rows are kept where this run has none: for a machine that is quiet for minutes only")
 	dir := f.String("dir", dataDir(), "directory below which the nodes keep their data; the default is on tmpfs where there is one with room")
 	var sockets []string
 	f.Func("socket", "another runtime that runs: NAME=ENDPOINT or NAME=ENDPOINT@PID, of the process that all of its descend from", func(s string) error {
@@ -67,6 +69,11 @@ func compareCommand(args []string) error {
 	c := &comparison{got: figures{}, quick: *quick, dir: *dir, nodes: []*node{newCoracle(absolute(*programs))}}
 	if *peer != "" {
 		c.nodes = append(c.nodes, newContainerd(absolute(*peer)))
+	}
+	if *add != "" {
+		if c.earlier, err = readRaw(*add); err != nil {
+			return err
+		}
 	}
 	for _, s := range sockets {
 		n, err := newSocket(s)

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -29,6 +30,7 @@ func (c *comparison) report(dir string, began time.Time) error {
 	for _, row := range table() {
 		r.Units[row.key] = row.unit
 	}
+	r.adopt(c.earlier)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
@@ -43,7 +45,7 @@ func (c *comparison) report(dir string, began time.Time) error {
 	markdown := r.markdown(names)
 	for name, content := range map[string]string{
 		"figures-" + began.Format("20060102-150405") + ".json": string(text), "figures.json": string(text),
-		"table.md": markdown, "ratios.svg": ratiosSVG(c.got, names)} {
+		"table.md": markdown, "ratios.svg": ratiosSVG(r.Figures, names)} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o644); err != nil {
 			return err
 		}
@@ -51,6 +53,35 @@ func (c *comparison) report(dir string, began time.Time) error {
 	fmt.Print(markdown)
 	fmt.Fprintln(os.Stderr, "raw figures, table and picture: "+dir)
 	return nil
+}
+
+// adopt takes the rows of an earlier run that this one has not measured.
+func (r *raw) adopt(earlier *raw) {
+	if earlier == nil {
+		return
+	}
+	for row, values := range earlier.Figures {
+		if r.Figures[row] == nil {
+			r.Figures[row] = values
+		}
+	}
+	for _, remark := range earlier.Remarks {
+		if !slices.Contains(r.Remarks, remark) {
+			r.Remarks = append(r.Remarks, remark)
+		}
+	}
+}
+
+func readRaw(path string) (*raw, error) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	r := &raw{}
+	if err := json.Unmarshal(text, r); err != nil {
+		return nil, fmt.Errorf("read %s: %w", path, err)
+	}
+	return r, nil
 }
 
 // machine describes where this ran.
@@ -106,11 +137,11 @@ func (r row) show(v []float64) string {
 	if len(v) == 1 {
 		return r.one(m)
 	}
-	if worse := r.one(p); r.measure(m) != r.measure(p) {
-		return fmt.Sprintf("%s (%s)", r.one(m), worse)
-	} else {
-		return fmt.Sprintf("%s (%s)", r.one(m), strings.TrimSuffix(worse, " "+r.measure(p)))
+	worse := r.one(p)
+	if r.measure(m) == r.measure(p) {
+		worse = strings.TrimSuffix(worse, " "+r.measure(p))
 	}
+	return fmt.Sprintf("%s (%s)", r.one(m), worse)
 }
 
 // one prints a value with its unit.
