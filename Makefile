@@ -6,7 +6,9 @@ PREFIX  ?= /usr/local
 VERSION ?= $(or $(CORACLE_VERSION),$(shell scripts/version.sh))
 # FUZZTIME is how long `make fuzz` spends on each target.
 FUZZTIME ?= 60s
-# RUN narrows test-unit, e2e, fuzz and bench to the tests whose name matches: make e2e RUN=TestCrictlWalk
+# BENCH is passed to the benchmark (e2e/bench).
+BENCH   ?=
+# RUN narrows test-unit, e2e and fuzz to the tests whose name matches: make e2e RUN=TestCrictlWalk
 RUN     ?= .
 
 # RootlessKit's other network stacks stay out of the program: a third of its size and of each process's memory.
@@ -170,12 +172,14 @@ fuzz-here:
 	done; \
 	[ $$ran -gt 0 ] || { echo "no fuzz target of $(FUZZED) has a name with $(RUN)" >&2; exit 1; }
 
-bench: ## medians of the CRI's calls on a node of its own
-	@scripts/setup.sh --demo
-	@scripts/as-user.sh make bench-here
+bench: ## measure coracle and rootless containerd in turn: table, figures and picture; some 10 minutes. BENCH="-quick", BENCH="-rows pull"
+	@scripts/setup.sh --bench
+	@scripts/as-user.sh make bench-here BENCH='$(BENCH)'
 
-bench-here: build
-	@scripts/demo.sh --bench
+bench-here: build peer
+	@mkdir -p $(CACHE)/bin
+	@$(GO) build -trimpath -o $(CACHE)/bin/bench ./e2e/bench
+	@$(CACHE)/bin/bench compare -programs bin -peer $(PEER) -out $(CACHE)/bench $(BENCH)
 
 fmt: ## format the Go files
 	@gofmt -s -w $$(find . -name '*.go' -not -path './.cache/*')
@@ -224,3 +228,4 @@ $(VULN):
 
 include e2e/kube/targets.mk
 include e2e/faults/targets.mk
+include e2e/peer/targets.mk

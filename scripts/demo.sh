@@ -1,7 +1,6 @@
 #!/bin/bash
 # Starts a node of its own, pulls an image from a loopback registry, runs a pod from it and shows what a user would
-# look at; then takes everything away. `--bench` prints the benchmark's tables instead. Started by `make demo` and
-# `make bench`, as an ordinary user, after the programs are built.
+# look at; then takes everything away. Started by `make demo`, as an ordinary user, after the programs are built.
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
@@ -64,17 +63,6 @@ up() {
 	coracle up --detach >"$work/up" || die "the node does not start"
 	eval "$(grep -o 'export CONTAINER_RUNTIME_ENDPOINT=[^ ]*' "$work/up")"
 }
-
-if [ "${1:-}" = --bench ]; then
-	serve
-	up
-	bench -pull -image "$image" -count "${COUNT:-100}"
-	echo
-	bench -image "$image" -count "${COUNT:-100}" -seccomp
-	echo
-	bench -image "$image" -count "${COUNT:-100}" -lists
-	exit 0
-fi
 
 printf '%scoracle %s%s: pods for %s (uid %s), without root and without a container engine\n' "$bold" "$(coracle version | cut -d' ' -f2)" "$plain" "$(id -un)" "$(id -u)"
 

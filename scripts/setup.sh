@@ -1,22 +1,23 @@
 #!/bin/bash
-# Makes a fresh Debian or Ubuntu ready for coracle: `scripts/setup.sh [--demo | --test | --vm | --kube] [--user NAME]`.
+# Makes a fresh Debian or Ubuntu ready for coracle: `scripts/setup.sh [--demo | --bench | --test | --vm | --kube] [--user NAME]`.
 #
 # Says what it is going to change and why before it does, uses sudo where it is not started as root, and does, asks
-# and prints nothing where nothing is missing. --demo adds what the demo and the benchmark need, --test what the
-# end-to-end tests need, --vm what those in a virtual machine need besides, --kube what a Kubernetes cluster needs;
+# and prints nothing where nothing is missing. --demo adds what the demo needs, --bench what the benchmark's peer needs
+# besides, --test what the end-to-end tests need, --vm what those in a virtual machine need besides, --kube what a Kubernetes cluster needs;
 # --user names the account that is going to run coracle (default: the calling one).
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
-user=$(id -un) demo='' test='' vm='' kube=''
+user=$(id -un) demo='' bench='' test='' vm='' kube=''
 while [ $# -gt 0 ]; do
 	case $1 in
 	--demo) demo=1 ;;
+	--bench) demo=1 bench=1 ;;
 	--test) demo=1 test=1 ;;
 	--vm) demo=1 vm=1 ;;
 	--kube) demo=1 kube=1 ;;
 	--user) user=$2 && shift ;;
-	*) die "usage: setup.sh [--demo | --test | --vm | --kube] [--user NAME]" ;;
+	*) die "usage: setup.sh [--demo | --bench | --test | --vm | --kube] [--user NAME]" ;;
 	esac
 	shift
 done
@@ -39,6 +40,9 @@ packages() {
 	END
 	[ -z "$demo" ] || cat <<-END
 		busybox-static the small image that is built on the spot
+	END
+	[ -z "$bench" ] || cat <<-END
+		iptables       by which the peer's network plugins set up masquerading
 	END
 	[ -z "$kube" ] || cat <<-END
 		nftables       nft, by which kube-proxy sets up services

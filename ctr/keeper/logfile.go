@@ -16,8 +16,12 @@ import (
 // kubelet reads lines of this length at most.
 const maxLine = 16 << 10
 
-// flushSize bounds the formatted text in memory: a chunk of empty lines grows forty times.
-const flushSize = 64 << 10
+// flushSize is how much formatted text is written at a time: a chunk of lines of 100 bytes by one write(2). It bounds
+// the text in memory: a chunk of empty lines grows forty times.
+const flushSize = 96 << 10
+
+// lineBuffers are shared by all formatters, like the chunks that they format: a container that is quiet holds none.
+var lineBuffers = sync.Pool{New: func() any { b := make([]byte, 0, flushSize+maxLine+128); return &b }}
 
 // logFile is a container's log: lines of whole chunks go in by one write(2) each. It is safe for use by several
 // goroutines.
@@ -135,16 +139,23 @@ func (l *logFile) close() {
 type formatter struct {
 	stream  string
 	flush   func(lines []byte)
-	pending []byte // a line that has not ended, at most maxLine
-	out     []byte
-	stamp   []byte
+	pending []byte  // a line that has not ended, at most maxLine
+	head    []byte  // what stands before the text of a line that has ended: time, stream and tag
+	out     *[]byte // the lines so far, while a chunk is formatted; else nil
 }
 
-// feed formats chunk, which was read at now, and flushes the lines that it completes.
+// feed formats chunk, which was read at now, and flushes the lines that it completes. Lines of one chunk have one time:
+// they were written before it was read, and stay in order.
 func (f *formatter) feed(now time.Time, chunk []byte) {
-	f.stamp = now.UTC().AppendFormat(f.stamp[:0], time.RFC3339Nano)
+	f.begin(now)
 	for len(chunk) > 0 {
 		end := bytes.IndexByte(chunk, '\n')
+		if end >= 0 && end <= maxLine && len(f.pending) == 0 {
+			// Nearly every line: two copies, the newline with the text.
+			f.append(f.head, chunk[:end+1])
+			chunk = chunk[end+1:]
+			continue
+		}
 		text := chunk
 		if end >= 0 {
 			text = chunk[:end]
@@ -161,41 +172,55 @@ func (f *formatter) feed(now time.Time, chunk []byte) {
 		f.emit('F', text)
 		chunk = chunk[end+1:]
 	}
-	f.flushOut()
+	f.end()
 }
 
 // finish formats what the stream left without a newline.
 func (f *formatter) finish(now time.Time) {
-	if len(f.pending) > 0 {
-		f.stamp = now.UTC().AppendFormat(f.stamp[:0], time.RFC3339Nano)
-		f.emit('P', nil)
+	if len(f.pending) == 0 {
+		return
 	}
-	f.flushOut()
+	f.begin(now)
+	f.emit('P', nil)
+	f.end()
+}
+
+// begin makes the head of the lines that were read at now.
+func (f *formatter) begin(now time.Time) {
+	f.out = lineBuffers.Get().(*[]byte)
+	f.head = now.UTC().AppendFormat(f.head[:0], time.RFC3339Nano)
+	f.head = append(f.head, ' ')
+	f.head = append(f.head, f.stream...)
+	f.head = append(f.head, " F "...)
 }
 
 func (f *formatter) emit(tag byte, text []byte) {
-	f.out = append(f.out, f.stamp...)
-	f.out = append(f.out, ' ')
-	f.out = append(f.out, f.stream...)
-	f.out = append(f.out, ' ', tag, ' ')
-	f.out = append(f.out, f.pending...)
-	f.out = append(f.out, text...)
-	f.out = append(f.out, '\n')
+	at := len(f.head) - len("F ")
+	f.head[at] = tag
+	f.append(f.head, f.pending)
+	f.head[at] = 'F'
+	f.append(text, []byte{'\n'})
 	f.pending = f.pending[:0]
-	if len(f.out) >= flushSize {
-		f.flushOut()
-	}
 }
 
-// flushOut hands the lines over and keeps only small buffers: there are two formatters a container.
-func (f *formatter) flushOut() {
-	if len(f.out) > 0 {
-		f.flush(f.out)
-		f.out = f.out[:0]
+// append adds to the lines, which end with b where it ends with a newline, and hands them over where they are enough.
+func (f *formatter) append(a, b []byte) {
+	out := append(append(*f.out, a...), b...)
+	if len(out) >= flushSize && out[len(out)-1] == '\n' {
+		f.flush(out)
+		out = out[:0]
 	}
-	if cap(f.out) > 4<<10 {
-		f.out = nil
+	*f.out = out
+}
+
+// end hands the lines over and keeps only small buffers: there are two formatters a container.
+func (f *formatter) end() {
+	if len(*f.out) > 0 {
+		f.flush(*f.out)
 	}
+	*f.out = (*f.out)[:0]
+	lineBuffers.Put(f.out)
+	f.out = nil
 	if len(f.pending) == 0 && cap(f.pending) > 1<<10 {
 		f.pending = nil
 	}
