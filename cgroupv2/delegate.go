@@ -252,8 +252,8 @@ func (h host) askForControllers(pl place, rel string, missing []string) string {
 	case len(missing) == 0:
 		return ""
 	case h.underSystemd():
-		return fmt.Sprintf("%s: not delegated by systemd; run `sudo mkdir -p /etc/systemd/system/user@.service.d && printf '[Service]\\nDelegate=%s\\n' | sudo tee /etc/systemd/system/user@.service.d/delegate.conf && sudo systemctl daemon-reload` and log in again",
-			strings.Join(missing, " "), strings.Join(wanted, " "))
+		return fmt.Sprintf("%s: not delegated by systemd; run `sudo mkdir -p /etc/systemd/system/user@.service.d && printf '[Service]\\nDelegate=%s\\n' | sudo tee /etc/systemd/system/user@.service.d/delegate.conf && sudo systemctl daemon-reload` and %s",
+			strings.Join(missing, " "), strings.Join(wanted, " "), h.afresh())
 	}
 	dirs := make([]string, 0, strings.Count(rel, "/"))
 	for _, p := range slices.Backward(candidates(rel)) {

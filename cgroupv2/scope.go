@@ -168,13 +168,27 @@ func (h host) enterScope(node string) error {
 
 // linger says that the node ends with the session, where it does: then systemd stops the user's manager, and the scope.
 func (h host) linger() string {
-	if h.user == "" || h.root == "" && !h.underSystemd() {
-		return ""
-	}
-	if _, err := os.Stat(filepath.Join(h.root+"/var/lib/systemd/linger", h.user)); err == nil {
+	if h.user == "" || h.root == "" && !h.underSystemd() || h.lingers() {
 		return ""
 	}
 	return fmt.Sprintf("the node ends with your last session; to keep it, run: sudo loginctl enable-linger %s", h.user)
+}
+
+// lingers tells whether the user's systemd runs without a login, too.
+func (h host) lingers() bool {
+	if h.user == "" {
+		return false
+	}
+	_, err := os.Stat(filepath.Join(h.root+"/var/lib/systemd/linger", h.user))
+	return err == nil
+}
+
+// afresh says how the user's systemd comes to be started with other settings: a reload does not give it controllers.
+func (h host) afresh() string {
+	if !h.lingers() {
+		return "log in again, out of every session"
+	}
+	return fmt.Sprintf("start the user's systemd again, which lingers and with which all ends that it runs: `sudo systemctl restart user@%d.service`", h.uid)
 }
 
 // joinHints makes one text of those that say something.

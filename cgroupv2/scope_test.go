@@ -95,12 +95,18 @@ func TestScopeOfTheUsersSystemd(t *testing.T) {
 	}
 }
 
-func TestScopeWithLingerMissesNothing(t *testing.T) {
-	h, _ := session(t, "cpuset cpu io memory pids")
+// linger makes the user one whose systemd runs without a login.
+func linger(t *testing.T, h host) {
+	t.Helper()
 	dir := filepath.Join(h.root, "/var/lib/systemd/linger")
 	if err := errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(filepath.Join(dir, "ann"), nil, 0o600)); err != nil {
 		t.Fatal(err)
 	}
+}
+
+func TestScopeWithLingerMissesNothing(t *testing.T) {
+	h, _ := session(t, "cpuset cpu io memory pids")
+	linger(t, h)
 	found := mustFind(t, h)
 	got, err := h.obtain(found, "x")
 	if err != nil || found.Hint != "" || got.Hint != "" {
@@ -116,6 +122,13 @@ func TestScopeWithoutDropIn(t *testing.T) {
 	}
 	if !slices.Equal(got.Controllers, []string{"memory", "pids"}) || !strings.Contains(got.Hint, "cpu cpuset io: not delegated by systemd; run `sudo mkdir -p /etc/systemd/system/user@.service.d") {
 		t.Errorf("controllers %v, hint %q", got.Controllers, got.Hint)
+	}
+	if !strings.Contains(got.Hint, "log in again") {
+		t.Errorf("hint %q does not say when the drop-in counts", got.Hint)
+	}
+	linger(t, h)
+	if hint := mustFind(t, h).Hint; strings.Contains(hint, "log in") || !strings.Contains(hint, "sudo systemctl restart user@1000.service") {
+		t.Errorf("hint %q: to log in again does not restart a systemd that lingers", hint)
 	}
 }
 
