@@ -23,6 +23,8 @@ type Config struct {
 	DockerConfig string
 	// MaxLayerBytes bounds what one layer may unpack to, against decompression bombs. 0 is DefaultMaxLayerBytes.
 	MaxLayerBytes int64
+	// MaxLayerEntries bounds how many files and directories one layer may have. 0 is DefaultMaxLayerEntries.
+	MaxLayerEntries int
 	// RefuseUnmappedIDs makes an image with owners outside this user's id range an error. Otherwise such files
 	// belong to the overflow id 65534 in the containers, and the image's verbose info says so.
 	RefuseUnmappedIDs bool
@@ -37,6 +39,9 @@ const everyRegistry = "*"
 
 // DefaultMaxLayerBytes is larger than the layers of today's model images, and smaller than most disks.
 const DefaultMaxLayerBytes = 64 << 30
+
+// DefaultMaxLayerEntries is ten times what the largest layers of today have, and a fraction of a disk's inodes.
+const DefaultMaxLayerEntries = 4 << 20
 
 // RegistryConfig is how one registry host is reached.
 type RegistryConfig struct {
@@ -104,6 +109,9 @@ func (c *Config) check() error {
 	if c.MaxLayerBytes < 0 {
 		return fmt.Errorf("%w: images: max layer bytes %d is negative", ErrInvalid, c.MaxLayerBytes)
 	}
+	if c.MaxLayerEntries < 0 {
+		return fmt.Errorf("%w: images: max layer entries %d is negative", ErrInvalid, c.MaxLayerEntries)
+	}
 	for _, host := range slices.Sorted(maps.Keys(c.Registries)) {
 		if strings.ContainsAny(host, "/ ") {
 			return fmt.Errorf("%w: registries: key %q: want a host with an optional port", ErrInvalid, host)
@@ -145,7 +153,8 @@ type waits struct {
 	maxBackoff time.Duration
 	retryAfter time.Duration // the longest Retry-After that is waited for
 	settle     time.Duration // after the last layer, before layers are written out
+	resync     time.Duration // after layers could not be written out
 }
 
 var defaultWaits = waits{stall: time.Minute, backoff: 500 * time.Millisecond, maxBackoff: 15 * time.Second, retryAfter: time.Minute,
-	settle: 2 * time.Second}
+	settle: 2 * time.Second, resync: time.Minute}

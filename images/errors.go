@@ -26,6 +26,8 @@ var (
 	ErrUnavailable = errors.New("registry unavailable")
 	// ErrDigest: what was received is not what its digest promised.
 	ErrDigest = errors.New("digest mismatch")
+	// ErrCorrupt: a layer's blob is no archive, or not one of a kind that is known here.
+	ErrCorrupt = errors.New("layer cannot be read")
 	// ErrRefused: the image is whole, but is not something that this store unpacks.
 	ErrRefused = errors.New("image refused")
 	// ErrLocked: another process has the store open.
@@ -45,6 +47,7 @@ var grpcCodes = []struct {
 	{ErrDenied, codes.PermissionDenied},
 	{ErrNotFound, codes.NotFound},
 	{ErrDigest, codes.DataLoss},
+	{ErrCorrupt, codes.DataLoss},
 	{ErrRefused, codes.FailedPrecondition},
 	{syscall.ENOSPC, codes.ResourceExhausted},
 	{syscall.EDQUOT, codes.ResourceExhausted},

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -273,7 +274,7 @@ func (a *archive) dockerImage(d dockerEntry) (*archived, error) {
 		return nil, err
 	}
 	one.img.manifest = one.img.top
-	if err := one.img.pairLayers(m.Layers); err != nil {
+	if err := errors.Join(one.img.checkSizes(), one.img.pairLayers(m.Layers)); err != nil {
 		return nil, err
 	}
 	for _, tag := range d.RepoTags {

@@ -45,6 +45,9 @@ func (s *Store) addLayer(ctx context.Context, want layerWant, places []openBlob)
 	if s.index.layer(want.DiffID) != nil {
 		return nil
 	}
+	if want.Size > s.cfg.MaxLayerBytes {
+		return fmt.Errorf("layer %s: blob of %d bytes: %w", want.Digest, want.Size, tooManyBytes(s.cfg.MaxLayerBytes))
+	}
 	var errs []error
 	for _, open := range places {
 		err := s.addLayerFrom(ctx, want, open)

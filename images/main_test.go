@@ -301,7 +301,7 @@ func digestOfImage(t testing.TB, img interface{ Digest() (v1.Hash, error) }) str
 }
 
 var fastWaits = waits{stall: 300 * time.Millisecond, backoff: time.Millisecond, maxBackoff: 10 * time.Millisecond, retryAfter: 2 * time.Second,
-	settle: 10 * time.Millisecond}
+	settle: 10 * time.Millisecond, resync: 20 * time.Millisecond}
 
 // openStore opens a store in a fresh directory, which the test's end checks to hold nothing that it should not.
 func openStore(t testing.TB, cfg Config) *Store {

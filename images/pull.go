@@ -100,7 +100,7 @@ func (s *Store) addPinned(ctx context.Context, img *resolved, diffIDs, names []s
 	}
 	rec := &imageRecord{Version: recordVersion, ID: img.id, Tags: map[string]int64{}, Layers: diffIDs, Config: img.configBytes,
 		Manifest: img.manifest, Annotations: img.annotations, Root: rootMeta(layers), Pulled: now(), file: img.config}
-	if rec.Fix, err = s.makeFix(img.id, layers); err != nil {
+	if rec.Fix, err = s.makeFix(ctx, img.id, layers); err != nil {
 		return nil, err
 	}
 	rec.Size = uint64(len(img.configBytes))

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/google/go-containerregistry/pkg/v1"
 )
@@ -29,12 +30,41 @@ type layerRecord struct {
 	Root    *dirMeta `json:"root,omitempty"`
 	// OpaqueRoot: the layer hides everything beneath it. The overlay ignores an opaque mark on a layer's root, so
 	// the layers beneath are left out of the mount instead.
-	OpaqueRoot bool      `json:"opaqueRoot,omitempty"`
-	Implied    []string  `json:"implied,omitempty"` // directories that no entry of the layer describes
+	OpaqueRoot bool `json:"opaqueRoot,omitempty"`
+	// The directories that no entry of the layer describes, sorted; those whose names JSON would bend are apart.
+	Implied    []string  `json:"implied,omitempty"`
+	ImpliedRaw [][]byte  `json:"impliedRaw,omitempty"`
 	Notes      []note    `json:"notes,omitempty"`
 	BootID     string    `json:"bootID"` // the boot in which it was written
 	Synced     bool      `json:"synced"` // on stable storage; see sync.go
 	Made       time.Time `json:"made"`
+}
+
+func (r *layerRecord) setImplied(names []string) {
+	for _, name := range names {
+		if utf8.ValidString(name) {
+			r.Implied = append(r.Implied, name)
+		} else {
+			r.ImpliedRaw = append(r.ImpliedRaw, []byte(name))
+		}
+	}
+}
+
+func (r *layerRecord) impliedDirs() []string {
+	names := slices.Clone(r.Implied)
+	for _, raw := range r.ImpliedRaw {
+		names = append(names, string(raw))
+	}
+	return names
+}
+
+// implies tells whether no entry of the layer describes dir. A layer may have many such directories.
+func (r *layerRecord) implies(dir string) bool {
+	_, found := slices.BinarySearch(r.Implied, dir)
+	if !found {
+		_, found = slices.BinarySearchFunc(r.ImpliedRaw, dir, func(raw []byte, dir string) int { return strings.Compare(string(raw), dir) })
+	}
+	return found
 }
 
 // dirMeta is what can be said of a directory beside its content.

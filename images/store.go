@@ -69,6 +69,9 @@ func Open(cfg Config) (*Store, error) {
 	if cfg.MaxLayerBytes == 0 {
 		cfg.MaxLayerBytes = DefaultMaxLayerBytes
 	}
+	if cfg.MaxLayerEntries == 0 {
+		cfg.MaxLayerEntries = DefaultMaxLayerEntries
+	}
 	if cfg.waits == (waits{}) {
 		cfg.waits = defaultWaits
 	}

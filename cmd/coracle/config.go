@@ -58,6 +58,7 @@ type grpcConfig struct {
 
 type imagesConfig struct {
 	MaxLayerBytes     int64  `json:"maxLayerBytes"`
+	MaxLayerEntries   int64  `json:"maxLayerEntries"`
 	DockerConfig      string `json:"dockerConfig"`
 	RefuseUnmappedIDs bool   `json:"refuseUnmappedIDs"`
 }
@@ -69,7 +70,7 @@ func defaults() config {
 		Network:   networkConfig{Driver: "slirp4netns", Program: "slirp4netns", MTU: 65520, PodCIDR: netslirp.DefaultPodCIDR},
 		Limits:    "best-effort",
 		Streaming: streamingConfig{Address: "127.0.0.1:0"},
-		Images:    imagesConfig{MaxLayerBytes: 64 << 30},
+		Images:    imagesConfig{MaxLayerBytes: images.DefaultMaxLayerBytes, MaxLayerEntries: images.DefaultMaxLayerEntries},
 		CopyUp:    []string{"/etc", "/run", "/var/lib"},
 		CDIDirs:   cdiSpecDirs(),
 	}
@@ -162,6 +163,8 @@ var keys = []key{
 	truth("grpc-health", "grpc.health", "serve the gRPC health service on the CRI's socket, for probes", func(c *config) *bool { return &c.GRPC.Health }),
 	number("max-layer-bytes", "images.maxLayerBytes", "largest unpacked size of one image layer, in bytes",
 		func(c *config, n int64) { c.Images.MaxLayerBytes = n }, func(c config) int64 { return c.Images.MaxLayerBytes }),
+	number("max-layer-entries", "images.maxLayerEntries", "most files and directories that one image layer may have",
+		func(c *config, n int64) { c.Images.MaxLayerEntries = n }, func(c config) int64 { return c.Images.MaxLayerEntries }),
 	truth("refuse-unmapped-ids", "images.refuseUnmappedIDs", "refuse an image with owners outside this user's id range, in place of giving those files to 65534",
 		func(c *config) *bool { return &c.Images.RefuseUnmappedIDs }),
 	text("docker-config", "images.dockerConfig", "docker config.json with registry credentials; empty looks where docker and podman do", func(c *config) *string { return &c.Images.DockerConfig }),

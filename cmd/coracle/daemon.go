@@ -69,7 +69,8 @@ func runDaemon(ctx context.Context, c config, node rootless.Node) (err error) {
 		return err
 	}
 	store, err := images.Open(images.Config{Root: filepath.Join(node.DataDir, "images"), Registries: c.Registries,
-		DockerConfig: c.Images.DockerConfig, MaxLayerBytes: c.Images.MaxLayerBytes, RefuseUnmappedIDs: c.Images.RefuseUnmappedIDs, Log: log})
+		DockerConfig: c.Images.DockerConfig, MaxLayerBytes: c.Images.MaxLayerBytes, MaxLayerEntries: int(c.Images.MaxLayerEntries),
+		RefuseUnmappedIDs: c.Images.RefuseUnmappedIDs, Log: log})
 	if err != nil {
 		return err
 	}
