@@ -93,6 +93,12 @@ func (c *Config) lookUp(host string) (rc RegistryConfig, ok bool) {
 	return RegistryConfig{}, false
 }
 
+// named tells whether host has a section of its own.
+func (c *Config) named(host string) bool {
+	_, ok := c.lookUp(host)
+	return ok
+}
+
 // mirrors are those of the host's own section, even where that has none, else those for every registry.
 func (c *Config) mirrors(host string) []string {
 	rc, ok := c.lookUp(host)
@@ -148,7 +154,9 @@ type ImageConfig struct {
 
 // waits is how long the store waits for what.
 type waits struct {
-	stall      time.Duration // no byte for so long: the connection is given up and resumed
+	dial       time.Duration // for a connection, and for TLS on it
+	header     time.Duration // for the header of an answer
+	stall      time.Duration // less than minProgress for so long: the connection is given up and resumed
 	backoff    time.Duration // before the first retry; doubles
 	maxBackoff time.Duration
 	retryAfter time.Duration // the longest Retry-After that is waited for
@@ -156,5 +164,5 @@ type waits struct {
 	resync     time.Duration // after layers could not be written out
 }
 
-var defaultWaits = waits{stall: time.Minute, backoff: 500 * time.Millisecond, maxBackoff: 15 * time.Second, retryAfter: time.Minute,
+var defaultWaits = waits{dial: 30 * time.Second, header: time.Minute, stall: time.Minute, backoff: 500 * time.Millisecond, maxBackoff: 15 * time.Second, retryAfter: time.Minute,
 	settle: 2 * time.Second, resync: time.Minute}
