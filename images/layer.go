@@ -76,7 +76,7 @@ func (s *Store) addLayerFrom(ctx context.Context, want layerWant, open openBlob)
 	u := undo{func() error { return os.RemoveAll(dir) }}
 	rec, err := s.unpackLayer(ctx, dir, want, blob)
 	if err != nil {
-		return u.run(err)
+		return u.run(s.full(err))
 	}
 	// Not synced: the record goes the way of the layer that it describes (see sync.go).
 	if err := writeUnsynced(filepath.Join(dir, "layer.json"), rec); err != nil {

@@ -34,7 +34,7 @@ func (s *Store) Pull(ctx context.Context, name string, auth *Auth) (Image, error
 		return s.pull(ctx, ref, auth)
 	})
 	if err != nil {
-		return Image{}, fmt.Errorf("pull image %s: %w", ref, err)
+		return Image{}, fmt.Errorf("pull image %s: %w", ref, s.full(err))
 	}
 	return rec.image(), nil
 }

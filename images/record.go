@@ -136,13 +136,59 @@ func readRecord(path string, into versioned) error {
 // is in tmp and not beside path: a layer may be thrown away while its record is written, and whoever empties its
 // directory must not meet a new file there.
 func (s *Store) writeRecord(path string, record any) error {
-	raw, err := json.Marshal(record)
+	return s.writeRecords([]target{{path, record}})
+}
+
+// target is a record and where it goes.
+type target struct {
+	path   string
+	record any
+}
+
+// writeRecords replaces several: none of them is replaced before there was room for all.
+func (s *Store) writeRecords(all []target) error {
+	var u undo
+	temps := make([]string, len(all))
+	for i, t := range all {
+		temp, err := s.stageRecord(t)
+		if err != nil {
+			return u.run(err)
+		}
+		u = append(u, func() error { return os.Remove(temp) })
+		temps[i] = temp
+	}
+	for i, t := range all {
+		if err := os.Rename(temps[i], t.path); err != nil {
+			return u[i:].run(fmt.Errorf("write record: %w", err))
+		}
+	}
+	for _, dir := range dirsOf(all) {
+		if err := syncDir(dir); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func dirsOf(all []target) []string {
+	var dirs []string
+	for _, t := range all {
+		if dir := filepath.Dir(t.path); !slices.Contains(dirs, dir) {
+			dirs = append(dirs, dir)
+		}
+	}
+	return dirs
+}
+
+// stageRecord writes a record to a temporary file, and leaves none where it fails.
+func (s *Store) stageRecord(t target) (temp string, err error) {
+	raw, err := json.Marshal(t.record)
 	if err != nil {
-		return fmt.Errorf("encode record %s: %w", path, err)
+		return "", fmt.Errorf("encode record %s: %w", t.path, err)
 	}
 	f, err := os.CreateTemp(s.path("tmp"), "record-*")
 	if err != nil {
-		return fmt.Errorf("write record: %w", err)
+		return "", fmt.Errorf("write record: %w", err)
 	}
 	u := undo{func() error { return os.Remove(f.Name()) }}
 	_, err = f.Write(raw)
@@ -150,12 +196,9 @@ func (s *Store) writeRecord(path string, record any) error {
 		err = f.Sync()
 	}
 	if err := errors.Join(err, f.Close()); err != nil {
-		return u.run(fmt.Errorf("write record %s: %w", path, err))
+		return "", u.run(fmt.Errorf("write record %s: %w", t.path, err))
 	}
-	if err := os.Rename(f.Name(), path); err != nil {
-		return u.run(fmt.Errorf("write record: %w", err))
-	}
-	return syncDir(filepath.Dir(path))
+	return f.Name(), nil
 }
 
 // syncDir makes renames and removals in dir durable.

@@ -274,11 +274,8 @@ func (s *Store) commitImage(r *imageRecord, names []string) (*imageRecord, error
 	if old := s.index.image(r.ID); old != nil {
 		r = old.merge(r)
 	}
-	if err := s.writeRecord(s.imageFile(r.ID), r); err != nil {
-		return nil, err
-	}
-	losers := s.index.holders(names)
-	for _, id := range losers {
+	changed := []*imageRecord{r}
+	for _, id := range s.index.holders(names) {
 		if id == r.ID {
 			continue
 		}
@@ -287,12 +284,18 @@ func (s *Store) commitImage(r *imageRecord, names []string) (*imageRecord, error
 			delete(loser.Tags, n)
 		}
 		loser.Digests = slices.DeleteFunc(loser.Digests, func(d string) bool { return slices.Contains(names, d) })
-		if err := s.writeRecord(s.imageFile(id), loser); err != nil {
-			return nil, err
-		}
-		s.index.putImage(loser)
+		changed = append(changed, loser)
 	}
-	s.index.putImage(r)
+	records := make([]target, len(changed))
+	for i, c := range changed {
+		records[i] = target{s.imageFile(c.ID), c}
+	}
+	if err := s.writeRecords(records); err != nil {
+		return nil, err
+	}
+	for _, c := range slices.Backward(changed) { // losers first, as a name is one image's
+		s.index.putImage(c)
+	}
 	return r, nil
 }
 
