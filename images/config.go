@@ -108,7 +108,8 @@ func (c *Config) mirrors(host string) []string {
 	return rc.Mirrors
 }
 
-func (c *Config) check() error {
+// Check tells what is wrong with a configuration, without a look at the disk.
+func (c *Config) Check() error {
 	if c.Root == "" {
 		return fmt.Errorf("%w: images: no root directory", ErrInvalid)
 	}

@@ -60,7 +60,7 @@ var storeDirs = []string{"tmp", "layers", "images", "fix", "rootfs", "volumes", 
 // have damaged are dropped. One process may have a store open: ErrLocked otherwise.
 // It should run as uid 0 of a user namespace and in the mount namespace that containers are started from.
 func Open(cfg Config) (*Store, error) {
-	if err := cfg.check(); err != nil {
+	if err := cfg.Check(); err != nil {
 		return nil, err
 	}
 	if cfg.Log == nil {

@@ -67,7 +67,7 @@ func replace[T any](path string, record T, synced bool) error {
 	}
 	tmp := path + tempSuffix
 	if err := write(tmp, raw, synced); err != nil {
-		return errors.Join(err, os.Remove(tmp))
+		return errors.Join(err, remove(tmp))
 	}
 	if err := os.Rename(tmp, path); err != nil {
 		return fmt.Errorf("replace record: %w", err)

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -228,7 +229,14 @@ func (s *settings) resolve(flags *pflag.FlagSet) (config, error) {
 			return c, fmt.Errorf("cdiSpecDirs[%d]: %q: give an absolute directory", i, dir)
 		}
 	}
-	return c, validateHandlers(c.Handlers)
+	store := c.imageStore("unused", nil)
+	return c, errors.Join(validateHandlers(c.Handlers), store.Check())
+}
+
+// imageStore is the configuration of the image store at root.
+func (c config) imageStore(root string, log *slog.Logger) images.Config {
+	return images.Config{Root: root, Registries: c.Registries, DockerConfig: c.Images.DockerConfig, MaxLayerBytes: c.Images.MaxLayerBytes,
+		MaxLayerEntries: int(c.Images.MaxLayerEntries), RefuseUnmappedIDs: c.Images.RefuseUnmappedIDs, Log: log}
 }
 
 // readFile reads the file over c. A file that was named must exist; unknown keys are refused, so that a
