@@ -28,7 +28,7 @@ INVM     = --with bin --with $(CRICTL) --with $(CACHE)/vm/e2e.test --env CORACLE
 FOCUS   ?=
 
 # The packages with fuzz targets.
-FUZZED  := ./pod ./images ./netslirp ./cgroupv2
+FUZZED  := ./pod ./images ./netslirp ./cgroupv2 ./cmd/coracle
 COVERED  = $(shell $(GO) list ./... | grep -v -x 'github.com/coracle-cri/coracle/e2e')
 CACHE   := .cache
 CRICTL  := $(CACHE)/bin/crictl

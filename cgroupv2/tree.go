@@ -1,6 +1,7 @@
 package cgroupv2
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path"
@@ -112,8 +113,11 @@ func (t *Tree) MakePod(parent, podID string) (_ string, err error) {
 	}
 	var back undo
 	defer func() {
+		if errors.Is(err, unix.ENAMETOOLONG) || errors.Is(err, unix.ENOTDIR) {
+			err = fmt.Errorf("%w: %w", ErrInvalidPath, err) // a name that no cgroup can have, or below a file of the kernel's
+		}
 		if err != nil {
-			err = fmt.Errorf("make pod cgroup %s: %w", full, back.run(err))
+			err = fmt.Errorf("make pod cgroup %.300q: %w", full, back.run(err))
 		}
 	}()
 	at := t.mount

@@ -2,7 +2,9 @@ package cgroupv2
 
 import (
 	"errors"
+	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 )
 
@@ -29,7 +31,11 @@ func TestOpenWithoutCgroup2(t *testing.T) {
 
 func TestPathsThatLeadOut(t *testing.T) {
 	tree := &Tree{mount: group(t.TempDir()), usable: true}
-	for _, parent := range []string{"/../x", "..", "/a/../../b", "/supervisor", "supervisor/x", "/a\nb"} {
+	if err := os.WriteFile(string(tree.mount.join("cgroup.procs")), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for _, parent := range []string{"/../x", "..", "/a/../../b", "/supervisor", "supervisor/x", "/a\nb", "/" + strings.Repeat("n", 256),
+		strings.Repeat("/long", 1000), "/cgroup.procs", "/cgroup.procs/x"} {
 		if path, err := tree.MakePod(parent, "x"); !errors.Is(err, ErrInvalidPath) {
 			t.Errorf("parent %q: %q, %v, want ErrInvalidPath", parent, path, err)
 		}

@@ -36,7 +36,7 @@ func (s *Store) openArchive(ctx context.Context, r io.Reader) (*archive, error) 
 		a.owned = true
 	}
 	a.file = f
-	if err := a.index(ctx); err != nil {
+	if err := a.index(ctx, s.cfg.MaxLayerEntries); err != nil {
 		return nil, errors.Join(err, a.close())
 	}
 	return a, nil
@@ -110,7 +110,7 @@ func (c *contextReader) Read(p []byte) (int, error) {
 	return c.r.Read(p)
 }
 
-func (a *archive) index(ctx context.Context) error {
+func (a *archive) index(ctx context.Context, maxEntries int) error {
 	info, err := a.file.Stat()
 	if err != nil {
 		return fmt.Errorf("read archive: %w", err)
@@ -129,7 +129,10 @@ func (a *archive) index(ctx context.Context) error {
 			return context.Cause(ctx)
 		}
 		if n > maxEntries {
-			return fmt.Errorf("%w: archive has more than %d entries", ErrRefused, maxEntries)
+			return tooManyEntries(maxEntries)
+		}
+		if len(h.Name) >= maxPath || len(h.Linkname) >= maxPath {
+			continue // nothing of either format has such a name
 		}
 		name := cleanName(h.Name)
 		switch h.Typeflag {

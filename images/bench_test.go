@@ -3,6 +3,7 @@ package images
 import (
 	"archive/tar"
 	"bytes"
+	"context"
 	"fmt"
 	"io"
 	"io/fs"
@@ -99,6 +100,24 @@ func BenchmarkMount(b *testing.B) {
 	for b.Loop() {
 		mount(b, s, "c", img.ID)
 		if err := s.UnmountRootfs("c"); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// BenchmarkReplacedDirectories: 100,000 directories, and 2,000 times one that is replaced by a file and back.
+func BenchmarkReplacedDirectories(b *testing.B) {
+	var entries []entry
+	for i := range 100_000 {
+		entries = append(entries, dir(fmt.Sprintf("d%d", i), 0o755))
+	}
+	for range 2000 {
+		entries = append(entries, dir("x", 0o755), file("x", ""))
+	}
+	raw := archiveOf(b, entries...)
+	s := openStore(b, Config{})
+	for b.Loop() {
+		if _, err := s.unpackLayer(context.Background(), b.TempDir(), layerWant{DiffID: sum(raw), Size: -1}, bytes.NewReader(raw)); err != nil {
 			b.Fatal(err)
 		}
 	}

@@ -23,6 +23,8 @@ type Config struct {
 	DockerConfig string
 	// MaxLayerBytes bounds what one layer may unpack to, against decompression bombs. 0 is DefaultMaxLayerBytes.
 	MaxLayerBytes int64
+	// MaxLayerEntries bounds how many files and directories one layer may have. 0 is DefaultMaxLayerEntries.
+	MaxLayerEntries int
 	// RefuseUnmappedIDs makes an image with owners outside this user's id range an error. Otherwise such files
 	// belong to the overflow id 65534 in the containers, and the image's verbose info says so.
 	RefuseUnmappedIDs bool
@@ -37,6 +39,9 @@ const everyRegistry = "*"
 
 // DefaultMaxLayerBytes is larger than the layers of today's model images, and smaller than most disks.
 const DefaultMaxLayerBytes = 64 << 30
+
+// DefaultMaxLayerEntries is ten times what the largest layers of today have, and a fraction of a disk's inodes.
+const DefaultMaxLayerEntries = 4 << 20
 
 // RegistryConfig is how one registry host is reached.
 type RegistryConfig struct {
@@ -88,6 +93,12 @@ func (c *Config) lookUp(host string) (rc RegistryConfig, ok bool) {
 	return RegistryConfig{}, false
 }
 
+// named tells whether host has a section of its own.
+func (c *Config) named(host string) bool {
+	_, ok := c.lookUp(host)
+	return ok
+}
+
 // mirrors are those of the host's own section, even where that has none, else those for every registry.
 func (c *Config) mirrors(host string) []string {
 	rc, ok := c.lookUp(host)
@@ -97,12 +108,16 @@ func (c *Config) mirrors(host string) []string {
 	return rc.Mirrors
 }
 
-func (c *Config) check() error {
+// Check tells what is wrong with a configuration, without a look at the disk.
+func (c *Config) Check() error {
 	if c.Root == "" {
 		return fmt.Errorf("%w: images: no root directory", ErrInvalid)
 	}
 	if c.MaxLayerBytes < 0 {
 		return fmt.Errorf("%w: images: max layer bytes %d is negative", ErrInvalid, c.MaxLayerBytes)
+	}
+	if c.MaxLayerEntries < 0 {
+		return fmt.Errorf("%w: images: max layer entries %d is negative", ErrInvalid, c.MaxLayerEntries)
 	}
 	for _, host := range slices.Sorted(maps.Keys(c.Registries)) {
 		if strings.ContainsAny(host, "/ ") {
@@ -140,12 +155,15 @@ type ImageConfig struct {
 
 // waits is how long the store waits for what.
 type waits struct {
-	stall      time.Duration // no byte for so long: the connection is given up and resumed
+	dial       time.Duration // for a connection, and for TLS on it
+	header     time.Duration // for the header of an answer
+	stall      time.Duration // less than minProgress for so long: the connection is given up and resumed
 	backoff    time.Duration // before the first retry; doubles
 	maxBackoff time.Duration
 	retryAfter time.Duration // the longest Retry-After that is waited for
 	settle     time.Duration // after the last layer, before layers are written out
+	resync     time.Duration // after layers could not be written out
 }
 
-var defaultWaits = waits{stall: time.Minute, backoff: 500 * time.Millisecond, maxBackoff: 15 * time.Second, retryAfter: time.Minute,
-	settle: 2 * time.Second}
+var defaultWaits = waits{dial: 30 * time.Second, header: time.Minute, stall: time.Minute, backoff: 500 * time.Millisecond, maxBackoff: 15 * time.Second, retryAfter: time.Minute,
+	settle: 2 * time.Second, resync: time.Minute}

@@ -3,10 +3,12 @@ package images
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"strings"
 	"syscall"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	crierrors "k8s.io/cri-api/pkg/errors"
@@ -26,8 +28,12 @@ var (
 	ErrUnavailable = errors.New("registry unavailable")
 	// ErrDigest: what was received is not what its digest promised.
 	ErrDigest = errors.New("digest mismatch")
+	// ErrCorrupt: a layer's blob is no archive, or not one of a kind that is known here.
+	ErrCorrupt = errors.New("layer cannot be read")
 	// ErrRefused: the image is whole, but is not something that this store unpacks.
 	ErrRefused = errors.New("image refused")
+	// ErrFull: there is no room for the image store, or no quota of it left; the text says where and what to do.
+	ErrFull = errors.New("image store is full")
 	// ErrLocked: another process has the store open.
 	ErrLocked = errors.New("store is in use")
 	// ErrClosed: the store was closed while the call ran.
@@ -45,7 +51,9 @@ var grpcCodes = []struct {
 	{ErrDenied, codes.PermissionDenied},
 	{ErrNotFound, codes.NotFound},
 	{ErrDigest, codes.DataLoss},
+	{ErrCorrupt, codes.DataLoss},
 	{ErrRefused, codes.FailedPrecondition},
+	{ErrFull, codes.ResourceExhausted},
 	{syscall.ENOSPC, codes.ResourceExhausted},
 	{syscall.EDQUOT, codes.ResourceExhausted},
 	{ErrLocked, codes.Unavailable},
@@ -74,6 +82,25 @@ func grpcError(err error) error {
 		}
 	}
 	return status.Error(codes.Unknown, err.Error())
+}
+
+// full adds to an error for which there was no room where that was, what ran out, and what makes room.
+func (s *Store) full(err error) error {
+	what := "space"
+	switch {
+	case errors.Is(err, ErrFull): // told where it was seen, before what was written went away again
+		return err
+	case errors.Is(err, unix.EDQUOT):
+		what = "quota"
+	case !errors.Is(err, unix.ENOSPC):
+		return err
+	default:
+		var st unix.Statfs_t
+		if unix.Statfs(s.cfg.Root, &st) == nil && st.Files > 0 && st.Ffree == 0 {
+			what = "inodes"
+		}
+	}
+	return fmt.Errorf("%w: no %s left for %s: remove images (crictl rmi --prune) or containers, or make room there: %w", ErrFull, what, s.cfg.Root, err)
 }
 
 // isAbsent tells that err means no more than that there is no such thing.

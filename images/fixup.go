@@ -1,6 +1,7 @@
 package images
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -55,10 +56,13 @@ func rootMeta(layers []*layerRecord) dirMeta {
 
 // makeFix makes fix/HEX for an image whose layers are in the store, where it needs one. The caller has pinned
 // the layers and fixPin(id).
-func (s *Store) makeFix(id string, layers []*layerRecord) (needed bool, err error) {
+func (s *Store) makeFix(ctx context.Context, id string, layers []*layerRecord) (needed bool, err error) {
 	want := map[string]dirMeta{}
 	for i, l := range layers {
-		for _, dir := range l.Implied {
+		for _, dir := range l.impliedDirs() {
+			if ctx.Err() != nil {
+				return false, context.Cause(ctx)
+			}
 			if _, done := want[dir]; done {
 				continue
 			}
@@ -85,7 +89,7 @@ func (s *Store) makeFix(id string, layers []*layerRecord) (needed bool, err erro
 		return false, err
 	}
 	u := undo{func() error { return os.RemoveAll(tmp) }}
-	if err := s.fillFix(tmp, want, layers); err != nil {
+	if err := s.fillFix(ctx, tmp, want, layers); err != nil {
 		return false, u.run(fmt.Errorf("make directories that layers left out: %w", err))
 	}
 	crash.Point("images/fix-made")
@@ -107,7 +111,7 @@ func (s *Store) topmost(above []*layerRecord, dir string) (bool, error) {
 		if err != nil {
 			return false, err
 		}
-		if hidden || found && !slices.Contains(l.Implied, dir) {
+		if hidden || found && !l.implies(dir) {
 			return true, nil
 		}
 	}
@@ -121,7 +125,7 @@ func (s *Store) described(layers []*layerRecord, dir string) (dirMeta, bool, err
 		if err != nil {
 			return dirMeta{}, false, err
 		}
-		if found && !slices.Contains(l.Implied, dir) {
+		if found && !l.implies(dir) {
 			return m, true, nil
 		}
 		if hidden {
@@ -167,8 +171,8 @@ func readDirMeta(fd int) (dirMeta, error) {
 
 // fillFix makes the wanted directories below root, and those above them with the attributes that they have in
 // the image, which this topmost layer would otherwise change.
-func (s *Store) fillFix(root string, want map[string]dirMeta, layers []*layerRecord) (err error) {
-	t, err := openTree(root)
+func (s *Store) fillFix(ctx context.Context, root string, want map[string]dirMeta, layers []*layerRecord) (err error) {
+	t, err := openTree(root, s.cfg.MaxLayerEntries)
 	if err != nil {
 		return err
 	}
@@ -177,7 +181,9 @@ func (s *Store) fillFix(root string, want map[string]dirMeta, layers []*layerRec
 		if _, err := t.dir(dir); err != nil {
 			return err
 		}
-		t.describe(dir, m)
+		if err := t.describe(dir, m); err != nil {
+			return err
+		}
 	}
 	for _, dir := range t.impliedDirs() {
 		m, found, err := s.described(layers, dir)
@@ -185,11 +191,15 @@ func (s *Store) fillFix(root string, want map[string]dirMeta, layers []*layerRec
 			return err
 		}
 		if found {
-			t.describe(dir, m)
+			if err := t.describe(dir, m); err != nil {
+				return err
+			}
 		}
 	}
-	t.describe("", rootMeta(layers))
-	if err := t.finish(); err != nil {
+	if err := t.describe("", rootMeta(layers)); err != nil {
+		return err
+	}
+	if err := t.finish(ctx); err != nil {
 		return err
 	}
 	return filepath.WalkDir(root, func(path string, _ os.DirEntry, err error) error {

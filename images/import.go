@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -33,7 +34,7 @@ func (s *Store) Import(ctx context.Context, r io.Reader, ref string) ([]Image, e
 	defer done()
 	a, err := s.openArchive(ctx, r)
 	if err != nil {
-		return nil, fmt.Errorf("import image: %w", err)
+		return nil, fmt.Errorf("import image: %w", s.full(err))
 	}
 	defer a.close()
 	found, err := a.images(ctx)
@@ -47,7 +48,7 @@ func (s *Store) Import(ctx context.Context, r io.Reader, ref string) ([]Image, e
 	for _, one := range found {
 		rec, err := s.addArchived(ctx, a, one)
 		if err != nil {
-			return nil, fmt.Errorf("import image %s: %w", one.names[0], err)
+			return nil, fmt.Errorf("import image %s: %w", one.names[0], s.full(err))
 		}
 		out = append(out, rec.image())
 	}
@@ -273,7 +274,7 @@ func (a *archive) dockerImage(d dockerEntry) (*archived, error) {
 		return nil, err
 	}
 	one.img.manifest = one.img.top
-	if err := one.img.pairLayers(m.Layers); err != nil {
+	if err := errors.Join(one.img.checkSizes(), one.img.pairLayers(m.Layers)); err != nil {
 		return nil, err
 	}
 	for _, tag := range d.RepoTags {

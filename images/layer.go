@@ -47,6 +47,9 @@ func (s *Store) addLayer(ctx context.Context, want layerWant, places []openBlob)
 	if s.index.layer(want.DiffID) != nil {
 		return nil
 	}
+	if want.Size > s.cfg.MaxLayerBytes {
+		return fmt.Errorf("layer %s: blob of %d bytes: %w", want.Digest, want.Size, tooManyBytes(s.cfg.MaxLayerBytes))
+	}
 	var errs []error
 	for _, open := range places {
 		err := s.addLayerFrom(ctx, want, open)
@@ -75,7 +78,7 @@ func (s *Store) addLayerFrom(ctx context.Context, want layerWant, open openBlob)
 	u := undo{func() error { return os.RemoveAll(dir) }}
 	rec, err := s.unpackLayer(ctx, dir, want, blob)
 	if err != nil {
-		return u.run(err)
+		return u.run(s.full(err))
 	}
 	crash.Point("images/layer-unpacked")
 	// Not synced: the record goes the way of the layer that it describes (see sync.go).

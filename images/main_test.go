@@ -7,6 +7,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -29,6 +30,7 @@ import (
 	ggcr "github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/klauspost/compress/zstd"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/coracle-cri/coracle/rootless/nstest"
@@ -40,8 +42,8 @@ func TestMain(m *testing.M) {
 		return
 	}
 	if nstest.InNamespace() {
-		if err := loopbackUp(); err != nil {
-			fmt.Fprintln(os.Stderr, "bring up lo:", err)
+		if err := errors.Join(loopbackUp(), worldUp()); err != nil {
+			fmt.Fprintln(os.Stderr, "make a network:", err)
 			os.Exit(1)
 		}
 	}
@@ -60,6 +62,34 @@ func loopbackUp() error {
 	}
 	ifr.SetUint16(unix.IFF_UP | unix.IFF_RUNNING)
 	return unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, ifr)
+}
+
+// The world, on loopback: an address that is nobody's own, and names.
+const (
+	farAddress = "198.51.100.10"
+	hostsFile  = "127.0.0.1 localhost inside.example\n" + farAddress + " example.com far.example\n10.11.12.13 lan.example\n169.254.1.2 link.example\n"
+)
+
+func worldUp() error {
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return err
+	}
+	addr, err := netlink.ParseAddr(farAddress + "/32")
+	if err != nil {
+		return err
+	}
+	if err := netlink.AddrAdd(lo, addr); err != nil {
+		return err
+	}
+	f, err := os.CreateTemp("", "hosts-*")
+	if err != nil {
+		return err
+	}
+	if _, err := f.WriteString(hostsFile); err != nil {
+		return err
+	}
+	return errors.Join(f.Close(), os.Chmod(f.Name(), 0o644), unix.Mount(f.Name(), "/etc/hosts", "", unix.MS_BIND, ""), os.Remove(f.Name()))
 }
 
 // entry is one entry of a layer's archive.
@@ -300,8 +330,8 @@ func digestOfImage(t testing.TB, img interface{ Digest() (v1.Hash, error) }) str
 	return d.String()
 }
 
-var fastWaits = waits{stall: 300 * time.Millisecond, backoff: time.Millisecond, maxBackoff: 10 * time.Millisecond, retryAfter: 2 * time.Second,
-	settle: 10 * time.Millisecond}
+var fastWaits = waits{dial: 10 * time.Second, header: 10 * time.Second, stall: 300 * time.Millisecond, backoff: time.Millisecond, maxBackoff: 10 * time.Millisecond, retryAfter: 2 * time.Second,
+	settle: 10 * time.Millisecond, resync: 20 * time.Millisecond}
 
 // openStore opens a store in a fresh directory, which the test's end checks to hold nothing that it should not.
 func openStore(t testing.TB, cfg Config) *Store {
@@ -427,6 +457,8 @@ func mustConfig(t testing.TB, img v1.Image) string {
 }
 
 // redial makes a transport reach one address, whatever name it was asked for.
-func redial(dial func(context.Context, string, string) (net.Conn, error), addr string) func(context.Context, string, string) (net.Conn, error) {
-	return func(ctx context.Context, network, _ string) (net.Conn, error) { return dial(ctx, network, addr) }
+func redial(addr string) func(context.Context, string, string) (net.Conn, error) {
+	return func(ctx context.Context, network, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, network, addr)
+	}
 }

@@ -161,7 +161,30 @@ func (r *resolved) read(ctx context.Context, docs documents, raw []byte) error {
 	if r.config, err = v1.ParseConfigFile(bytes.NewReader(r.configBytes)); err != nil {
 		return fmt.Errorf("%w: image configuration %s: %w", ErrRefused, r.id, err)
 	}
+	if err := r.checkSizes(); err != nil {
+		return err
+	}
 	return r.pairLayers(m.Layers)
+}
+
+// What a list of images tells of each, and one image must not make the list too long for gRPC.
+const (
+	maxAnnotations = 256 << 10 // bytes of keys and values
+	maxUser        = 1 << 10
+)
+
+func (r *resolved) checkSizes() error {
+	size := 0
+	for k, v := range r.annotations {
+		size += len(k) + len(v)
+	}
+	if size > maxAnnotations {
+		return fmt.Errorf("%w: image %s: annotations of %d bytes, more than %d", ErrRefused, r.id, size, maxAnnotations)
+	}
+	if n := len(r.config.Config.User); n > maxUser {
+		return fmt.Errorf("%w: image %s: the name of its user has %d bytes, more than %d", ErrRefused, r.id, n, maxUser)
+	}
+	return nil
 }
 
 // maxLayers is overlayfs's limit of lower directories (OVL_MAX_STACK), less one for fix/HEX.

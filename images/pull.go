@@ -34,7 +34,7 @@ func (s *Store) Pull(ctx context.Context, name string, auth *Auth) (Image, error
 		return s.pull(ctx, ref, auth)
 	})
 	if err != nil {
-		return Image{}, fmt.Errorf("pull image %s: %w", ref, err)
+		return Image{}, fmt.Errorf("pull image %s: %w", ref, s.full(err))
 	}
 	return rec.image(), nil
 }
@@ -100,7 +100,7 @@ func (s *Store) addPinned(ctx context.Context, img *resolved, diffIDs, names []s
 	}
 	rec := &imageRecord{Version: recordVersion, ID: img.id, Tags: map[string]int64{}, Layers: diffIDs, Config: img.configBytes,
 		Manifest: img.manifest, Annotations: img.annotations, Root: rootMeta(layers), Pulled: now(), file: img.config}
-	if rec.Fix, err = s.makeFix(img.id, layers); err != nil {
+	if rec.Fix, err = s.makeFix(ctx, img.id, layers); err != nil {
 		return nil, err
 	}
 	rec.Size = uint64(len(img.configBytes))

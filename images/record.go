@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/google/go-containerregistry/pkg/v1"
 
@@ -31,12 +32,41 @@ type layerRecord struct {
 	Root    *dirMeta `json:"root,omitempty"`
 	// OpaqueRoot: the layer hides everything beneath it. The overlay ignores an opaque mark on a layer's root, so
 	// the layers beneath are left out of the mount instead.
-	OpaqueRoot bool      `json:"opaqueRoot,omitempty"`
-	Implied    []string  `json:"implied,omitempty"` // directories that no entry of the layer describes
+	OpaqueRoot bool `json:"opaqueRoot,omitempty"`
+	// The directories that no entry of the layer describes, sorted; those whose names JSON would bend are apart.
+	Implied    []string  `json:"implied,omitempty"`
+	ImpliedRaw [][]byte  `json:"impliedRaw,omitempty"`
 	Notes      []note    `json:"notes,omitempty"`
 	BootID     string    `json:"bootID"` // the boot in which it was written
 	Synced     bool      `json:"synced"` // on stable storage; see sync.go
 	Made       time.Time `json:"made"`
+}
+
+func (r *layerRecord) setImplied(names []string) {
+	for _, name := range names {
+		if utf8.ValidString(name) {
+			r.Implied = append(r.Implied, name)
+		} else {
+			r.ImpliedRaw = append(r.ImpliedRaw, []byte(name))
+		}
+	}
+}
+
+func (r *layerRecord) impliedDirs() []string {
+	names := slices.Clone(r.Implied)
+	for _, raw := range r.ImpliedRaw {
+		names = append(names, string(raw))
+	}
+	return names
+}
+
+// implies tells whether no entry of the layer describes dir. A layer may have many such directories.
+func (r *layerRecord) implies(dir string) bool {
+	_, found := slices.BinarySearch(r.Implied, dir)
+	if !found {
+		_, found = slices.BinarySearchFunc(r.ImpliedRaw, dir, func(raw []byte, dir string) int { return strings.Compare(string(raw), dir) })
+	}
+	return found
 }
 
 // dirMeta is what can be said of a directory beside its content.
@@ -108,13 +138,60 @@ func readRecord(path string, into versioned) error {
 // is in tmp and not beside path: a layer may be thrown away while its record is written, and whoever empties its
 // directory must not meet a new file there.
 func (s *Store) writeRecord(path string, record any) error {
-	raw, err := json.Marshal(record)
+	return s.writeRecords([]target{{path, record}})
+}
+
+// target is a record and where it goes.
+type target struct {
+	path   string
+	record any
+}
+
+// writeRecords replaces several: none of them is replaced before there was room for all.
+func (s *Store) writeRecords(all []target) error {
+	var u undo
+	temps := make([]string, len(all))
+	for i, t := range all {
+		temp, err := s.stageRecord(t)
+		if err != nil {
+			return u.run(err)
+		}
+		u = append(u, func() error { return os.Remove(temp) })
+		temps[i] = temp
+	}
+	for i, t := range all {
+		if err := os.Rename(temps[i], t.path); err != nil {
+			return u[i:].run(fmt.Errorf("write record: %w", err))
+		}
+		crash.Point("images/record-replaced")
+	}
+	for _, dir := range dirsOf(all) {
+		if err := syncDir(dir); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func dirsOf(all []target) []string {
+	var dirs []string
+	for _, t := range all {
+		if dir := filepath.Dir(t.path); !slices.Contains(dirs, dir) {
+			dirs = append(dirs, dir)
+		}
+	}
+	return dirs
+}
+
+// stageRecord writes a record to a temporary file, and leaves none where it fails.
+func (s *Store) stageRecord(t target) (temp string, err error) {
+	raw, err := json.Marshal(t.record)
 	if err != nil {
-		return fmt.Errorf("encode record %s: %w", path, err)
+		return "", fmt.Errorf("encode record %s: %w", t.path, err)
 	}
 	f, err := os.CreateTemp(s.path("tmp"), "record-*")
 	if err != nil {
-		return fmt.Errorf("write record: %w", err)
+		return "", fmt.Errorf("write record: %w", err)
 	}
 	u := undo{func() error { return os.Remove(f.Name()) }}
 	_, err = f.Write(raw)
@@ -122,14 +199,10 @@ func (s *Store) writeRecord(path string, record any) error {
 		err = f.Sync()
 	}
 	if err := errors.Join(err, f.Close()); err != nil {
-		return u.run(fmt.Errorf("write record %s: %w", path, err))
+		return "", u.run(fmt.Errorf("write record %s: %w", t.path, err))
 	}
 	crash.Point("images/record-written")
-	if err := os.Rename(f.Name(), path); err != nil {
-		return u.run(fmt.Errorf("write record: %w", err))
-	}
-	crash.Point("images/record-replaced")
-	return syncDir(filepath.Dir(path))
+	return f.Name(), nil
 }
 
 // syncDir makes renames and removals in dir durable.

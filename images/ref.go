@@ -34,6 +34,9 @@ func parseReference(s string) (reference, error) {
 		return reference{}, fmt.Errorf("%w: image reference is empty", ErrInvalid)
 	}
 	if len(s) > maxRefLength || strings.Contains(s, "://") {
+		if strings.Contains(s, "://") {
+			s = bareURL(s)
+		}
 		return reference{}, fmt.Errorf("%w: image reference %.80q: give registry/repository[:tag][@digest], without a scheme", ErrInvalid, withoutUser(s))
 	}
 	base, digest, hasDigest := strings.Cut(s, "@")

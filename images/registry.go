@@ -7,7 +7,9 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"regexp"
 	"strings"
+	"unicode"
 
 	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/name"
@@ -47,7 +49,10 @@ func parseMirror(s string) (endpoint, error) {
 	}
 	e.host, e.path, _ = strings.Cut(strings.TrimSuffix(rest, "/"), "/")
 	if _, err := name.NewRegistry(e.host, name.StrictValidation); err != nil || e.host == "" || strings.Contains(rest, "://") {
-		return endpoint{}, fmt.Errorf("%w: mirror %q: want [http://]host[:port][/prefix]", ErrInvalid, s)
+		if at := strings.LastIndexByte(s, '@'); at >= 0 {
+			s = "…" + s[at:] // what is before it may be a password
+		}
+		return endpoint{}, fmt.Errorf("%w: mirror %q: want [http://]host[:port][/prefix]; credentials stand under the mirror's own host", ErrInvalid, s)
 	}
 	return e, nil
 }
@@ -77,7 +82,7 @@ type remote struct {
 	base   *url.URL // scheme and host, as the handshake found them
 	client *http.Client
 	waits  waits
-	secret scrubber
+	secret *scrubber
 	note   string // what was wrong with the user's credentials files
 }
 
@@ -102,9 +107,13 @@ func (s *Store) connect(ctx context.Context, at endpoint, auth *Auth, retries in
 	if err != nil {
 		return nil, err
 	}
-	inner := &retrier{next: &schemeGuard{next: base, insecure: at.insecure}, waits: s.cfg.waits, retries: retries}
+	guarded := &guard{next: base, limit: s.cfg.waits.stall}
+	inner := &retrier{next: &witness{next: &schemeGuard{next: guarded, insecure: at.insecure}, secret: r.secret}, waits: s.cfg.waits, retries: retries}
 	rt, err := transport.NewWithContext(ctx, repo.Registry, authn.FromConfig(creds), inner, []string{repo.Scope(transport.PullScope)})
 	if err != nil {
+		if classify(err) == nil { // a handshake that makes no sense
+			err = fmt.Errorf("%w: %w", ErrUnavailable, err)
+		}
 		return nil, r.failed("connect", err)
 	}
 	r.client = &http.Client{Transport: &cloner{next: rt}, CheckRedirect: checkRedirect}
@@ -138,8 +147,6 @@ func (r *remote) get(ctx context.Context, kind, id, accept string) (body []byte,
 }
 
 func (r *remote) getOnce(ctx context.Context, kind, id, accept string) (body []byte, mediaType string, cut bool, err error) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, r.url(kind, id), nil)
 	if err != nil {
 		return nil, "", false, fmt.Errorf("ask %s: %w", r.at, err)
@@ -153,18 +160,34 @@ func (r *remote) getOnce(ctx context.Context, kind, id, accept string) (body []b
 		return nil, "", false, r.failed(what, err)
 	}
 	defer resp.Body.Close()
-	if err := transport.CheckError(resp, http.StatusOK); err != nil {
+	if err := checkStatus(resp); err != nil {
 		return nil, "", false, r.failed(what, err)
 	}
-	watched := &stallReader{r: resp.Body, limit: r.waits.stall, cancel: cancel}
-	body, err = io.ReadAll(io.LimitReader(watched, manifestLimit+1))
+	body, err = io.ReadAll(io.LimitReader(resp.Body, manifestLimit+1))
 	if err != nil {
-		return nil, "", true, r.failed(what, errors.Join(err, context.Cause(ctx)))
+		return nil, "", true, r.failed(what, err)
 	}
 	if len(body) > manifestLimit {
 		return nil, "", false, fmt.Errorf("%w: %s: %s is larger than %d bytes", ErrRefused, r.at, what, manifestLimit)
 	}
 	return body, resp.Header.Get("Content-Type"), false, nil
+}
+
+// errorPage is how much of the body of an error is looked at.
+const errorPage = 32 << 10
+
+// checkStatus makes an answer other than 200 an error, also where the rest of it does not come or does not end.
+func checkStatus(resp *http.Response) error {
+	if resp.StatusCode == http.StatusOK {
+		return nil
+	}
+	page := *resp
+	page.Body = io.NopCloser(io.LimitReader(resp.Body, errorPage))
+	err := transport.CheckError(&page, http.StatusOK)
+	if terr := (*transport.Error)(nil); !errors.As(err, &terr) {
+		return &transport.Error{StatusCode: resp.StatusCode}
+	}
+	return err
 }
 
 // failed turns what the HTTP layers say into an error of this package: the class for callers, the place, and a
@@ -238,42 +261,52 @@ func describe(err error) string {
 	if errors.As(err, &uerr) {
 		where := ""
 		if u, parseErr := url.Parse(uerr.URL); parseErr == nil {
-			where = u.Scheme + "://" + u.Host + u.Path + ": "
+			where = bareURL(u.String()) + ": "
 		}
 		return where + describe(uerr.Err)
 	}
 	text := err.Error()
+	if errors.Is(err, errStall) {
+		text = errStall.Error()
+	}
 	if strings.Contains(text, "no token in bearer response") {
 		return "the token server's answer holds no token" // the library quotes the answer, and with it what it does hold
 	}
 	return shorten(text)
 }
 
+// urlPattern finds URLs in text.
+var urlPattern = regexp.MustCompile(`[a-zA-Z][a-zA-Z0-9+.-]*://[^\s"'<>]+`)
+
+// bareURL is a URL without what may be secret in it.
+func bareURL(s string) string {
+	u, err := url.Parse(s)
+	if err != nil {
+		return "[URL]"
+	}
+	return (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
+}
+
+// shorten makes text of others fit for a message: of bounded length, without what steers a terminal, and with bare URLs.
 func shorten(s string) string {
 	const limit = 400
-	s = strings.Join(strings.Fields(s), " ")
-	if len(s) > limit {
-		return s[:limit] + "…"
-	}
-	return s
-}
-
-// scrubber takes secrets out of text.
-type scrubber []string
-
-func newScrubber(c authn.AuthConfig) scrubber {
-	var s scrubber
-	for _, secret := range []string{c.Password, c.Auth, c.IdentityToken, c.RegistryToken} {
-		if secret != "" {
-			s = append(s, secret, url.QueryEscape(secret))
+	s = strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
 		}
+		return ' '
+	}, strings.ToValidUTF8(s, "?"))
+	s = strings.Join(strings.Fields(urlPattern.ReplaceAllStringFunc(s, bareURL)), " ")
+	if len(s) > limit {
+		return strings.ToValidUTF8(s[:limit], "") + "…"
 	}
 	return s
 }
 
-func (s scrubber) clean(text string) string {
-	for _, secret := range s {
-		text = strings.ReplaceAll(text, secret, "[redacted]")
+func newScrubber(c authn.AuthConfig) *scrubber {
+	s := &scrubber{}
+	for _, secret := range []string{c.Password, c.Auth, c.IdentityToken, c.RegistryToken} {
+		s.add(secret, url.QueryEscape(secret))
 	}
-	return text
+	return s
 }

@@ -6,12 +6,14 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-
-	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 )
 
-// blobRetries is how often in a row a blob's connection may end without having brought a single byte.
-const blobRetries = 5
+const (
+	// blobRetries is how often in a row a blob's connection may end without having brought minProgress.
+	blobRetries = 5
+	// maxOpens is how often one blob is asked for in all.
+	maxOpens = 1000
+)
 
 // blobReader reads a blob from a registry and goes on where it was when the connection is cut. It is used by one
 // reader; Abort may be called from another goroutine.
@@ -22,9 +24,10 @@ type blobReader struct {
 	ctx     context.Context
 	end     context.CancelCauseFunc
 	body    io.ReadCloser // nil: to be opened at off
-	stop    context.CancelCauseFunc
 	off     int64
-	idle    int // attempts since the last byte
+	fresh   int64 // bytes since the last progress
+	idle    int   // attempts since then
+	opens   int
 	retries int
 }
 
@@ -45,10 +48,9 @@ func (r *remote) blob(ctx context.Context, digest string, size int64) (*blobRead
 // open asks for what is still missing.
 func (b *blobReader) open() error {
 	what := "get blob " + b.digest
-	ctx, stop := context.WithCancelCause(b.ctx)
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, b.from.url("blobs", b.digest), nil)
+	b.opens++
+	req, err := http.NewRequestWithContext(b.ctx, http.MethodGet, b.from.url("blobs", b.digest), nil)
 	if err != nil {
-		stop(nil)
 		return fmt.Errorf("%s: %w", b.from.at, err)
 	}
 	if b.off > 0 {
@@ -56,21 +58,17 @@ func (b *blobReader) open() error {
 	}
 	resp, err := b.from.client.Do(req)
 	if err != nil {
-		defer stop(nil)
-		return b.from.failed(what, errors.Join(err, context.Cause(ctx)))
+		return b.from.failed(what, errors.Join(err, context.Cause(b.ctx)))
 	}
 	skip, err := b.checkResponse(resp)
 	if err == nil {
-		body := &stallReader{r: resp.Body, limit: b.from.waits.stall, cancel: stop}
-		if _, err = io.CopyN(io.Discard, body, skip); err == nil {
-			b.body, b.stop = &watchedBody{stallReader: body, c: resp.Body, ctx: ctx}, stop
+		if _, err = io.CopyN(io.Discard, resp.Body, skip); err == nil {
+			b.body = resp.Body
 			return nil
 		}
 	}
-	err = b.from.failed(what, errors.Join(err, context.Cause(ctx)))
-	stop(nil)
 	resp.Body.Close()
-	return err
+	return b.from.failed(what, errors.Join(err, context.Cause(b.ctx)))
 }
 
 // checkResponse returns how much of the body was had before: a server that does not know ranges sends it all.
@@ -82,7 +80,7 @@ func (b *blobReader) checkResponse(resp *http.Response) (skip int64, err error) 
 		}
 		return b.off - first, nil
 	}
-	if err := transport.CheckError(resp, http.StatusOK); err != nil {
+	if err := checkStatus(resp); err != nil {
 		return 0, err
 	}
 	if resp.ContentLength >= 0 && b.size >= 0 && resp.ContentLength != b.size {
@@ -90,23 +88,6 @@ func (b *blobReader) checkResponse(resp *http.Response) (skip int64, err error) 
 	}
 	return b.off, nil
 }
-
-// watchedBody ends a body's read error with the reason why its request was cancelled.
-type watchedBody struct {
-	*stallReader
-	c   io.Closer
-	ctx context.Context
-}
-
-func (w *watchedBody) Read(p []byte) (int, error) {
-	n, err := w.stallReader.Read(p)
-	if err != nil && !errors.Is(err, io.EOF) && context.Cause(w.ctx) != nil {
-		err = errors.Join(err, context.Cause(w.ctx))
-	}
-	return n, err
-}
-
-func (w *watchedBody) Close() error { return w.c.Close() }
 
 func (b *blobReader) Read(p []byte) (int, error) {
 	for {
@@ -120,8 +101,8 @@ func (b *blobReader) Read(p []byte) (int, error) {
 		}
 		n, err := b.body.Read(p)
 		b.off += int64(n)
-		if n > 0 {
-			b.idle = 0
+		if b.fresh += int64(n); b.fresh >= minProgress {
+			b.fresh, b.idle = 0, 0
 		}
 		switch {
 		case err == nil, err == io.EOF && b.off >= b.size:
@@ -134,7 +115,7 @@ func (b *blobReader) Read(p []byte) (int, error) {
 			err = io.ErrUnexpectedEOF
 		}
 		b.drop()
-		if b.idle >= b.retries {
+		if b.idle >= b.retries || b.opens >= maxOpens {
 			return n, b.from.failed(fmt.Sprintf("get blob %s: cut after %d of %d bytes", b.digest, b.off, b.size), err)
 		}
 		if n > 0 {
@@ -156,7 +137,6 @@ func (b *blobReader) reopen() error {
 
 func (b *blobReader) drop() {
 	if b.body != nil {
-		b.stop(nil)
 		b.body.Close()
 		b.body = nil
 	}

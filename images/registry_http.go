@@ -20,7 +20,7 @@ import (
 )
 
 const (
-	dialTimeout = 30 * time.Second
+	headerLimit = 1 << 20 // bytes of the header of an answer
 	// The registry itself is asked again more often than a mirror, since after a mirror there is somebody else.
 	registryRetries = 4
 	mirrorRetries   = 1
@@ -28,6 +28,9 @@ const (
 
 // transports keeps one connection pool for each way of reaching a host.
 type transports struct {
+	waits waits
+	named func(host string) bool // tells hosts that the configuration has a section for
+
 	mu   sync.Mutex
 	pool map[endpoint]*http.Transport // keyed without repository
 }
@@ -44,15 +47,17 @@ func (t *transports) get(at endpoint) (*http.Transport, error) {
 	if err != nil {
 		return nil, err
 	}
+	reach := newReach(at.host, t.waits.dial, t.named)
 	tr := &http.Transport{
-		Proxy:                 http.ProxyFromEnvironment,
-		DialContext:           (&net.Dialer{Timeout: dialTimeout, KeepAlive: dialTimeout}).DialContext,
-		TLSClientConfig:       tlsConfig,
-		TLSHandshakeTimeout:   dialTimeout,
-		ResponseHeaderTimeout: defaultWaits.stall,
-		ForceAttemptHTTP2:     true,
-		MaxIdleConnsPerHost:   16,
-		IdleConnTimeout:       30 * time.Second,
+		Proxy:                  reach.proxy,
+		DialContext:            reach.dial,
+		TLSClientConfig:        tlsConfig,
+		TLSHandshakeTimeout:    t.waits.dial,
+		ResponseHeaderTimeout:  t.waits.header,
+		MaxResponseHeaderBytes: headerLimit,
+		ForceAttemptHTTP2:      true,
+		MaxIdleConnsPerHost:    16,
+		IdleConnTimeout:        30 * time.Second,
 		// A blob is hashed as it was stored: nothing may be decompressed on the way.
 		DisableCompression: true,
 	}
@@ -90,15 +95,18 @@ func tlsFor(at endpoint) (*tls.Config, error) {
 }
 
 // cloner gives the authenticating layers below a request of their own. They write the Authorization header into
-// it; without this http.Client would copy that header to wherever it is redirected on the same host or below it.
+// it; without this http.Client would copy that header to wherever it is redirected on the same host or below it. Nor
+// does the next host learn the whole URL that led to it, with the signature that storage may have in it.
 type cloner struct{ next http.RoundTripper }
 
 func (c *cloner) RoundTrip(req *http.Request) (*http.Response, error) {
-	return c.next.RoundTrip(req.Clone(req.Context()))
+	req = req.Clone(req.Context())
+	req.Header.Del("Referer")
+	return c.next.RoundTrip(req)
 }
 
 // checkRedirect follows to other hosts, as registries that keep blobs in object storage need, but does not let a
-// registry outside point us at addresses of our own network.
+// registry outside point us, or our proxy, at addresses of our own network; reach does the same for names.
 func checkRedirect(req *http.Request, via []*http.Request) error {
 	if len(via) >= maxRedirects {
 		return fmt.Errorf("stopped after %d redirects", maxRedirects)
@@ -115,7 +123,7 @@ func isInside(host string) bool {
 		return true
 	}
 	ip, err := netip.ParseAddr(host)
-	return err == nil && (ip.IsPrivate() || ip.IsLinkLocalUnicast() || ip.IsUnspecified())
+	return err == nil && nearnessOf(ip) != farAway
 }
 
 // schemeGuard keeps requests off plain http, which the handshake would otherwise try for private addresses, and
@@ -230,21 +238,4 @@ func retryableError(err error) bool {
 	}
 	var nerr net.Error
 	return errors.As(err, &nerr) && nerr.Timeout()
-}
-
-// errStall is the cause of a request that was given up because nothing came any more.
-var errStall = errors.New("no data received for too long")
-
-// stallReader cancels a request whose body stops coming. Only the time spent waiting in Read counts: a reader
-// that is slow itself, since the disk is, does not.
-type stallReader struct {
-	r      io.Reader
-	limit  time.Duration
-	cancel context.CancelCauseFunc
-}
-
-func (s *stallReader) Read(p []byte) (int, error) {
-	t := time.AfterFunc(s.limit, func() { s.cancel(errStall) })
-	defer t.Stop()
-	return s.r.Read(p)
 }

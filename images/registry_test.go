@@ -228,9 +228,7 @@ func TestTLS(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		d := tr.DialContext
-		tr.DialContext = nil
-		tr.DialContext = redial(d, h.host)
+		tr.DialContext = redial(h.host)
 	}
 	ref := "example.com:" + port + "/app:1"
 	for name, c := range map[string]struct {
@@ -266,7 +264,7 @@ func TestPlainHTTPNeedsLeave(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			tr.DialContext = redial(tr.DialContext, h.host)
+			tr.DialContext = redial(h.host)
 			_, err = s.Pull(context.Background(), host+"/app:1", &Auth{Username: testUser, Password: testPassword})
 			if insecure != (err == nil) {
 				t.Errorf("%s, insecure %v: %v", host, insecure, err)

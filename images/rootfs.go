@@ -109,11 +109,11 @@ func (s *Store) mountImage(ctx context.Context, kind, id, image string) (string,
 	}
 	key := kind + "/" + id
 	if err := s.makeMountDir(key, kind == kindRootfs, img); err != nil {
-		return "", err
+		return "", s.full(err)
 	}
 	u := undo{func() error { return s.unmountImage(kind, id) }}
 	if err := s.mounter.mount(ctx, s.path(key), lowers, kind == kindRootfs); err != nil {
-		return "", u.run(err)
+		return "", s.full(u.run(err))
 	}
 	crash.Point("images/mounted")
 	return s.path(key, "merged"), nil

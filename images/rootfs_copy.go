@@ -115,6 +115,9 @@ func (c *copier) entry(src, dst int, name string, st *unix.Stat_t) error {
 		if base == whiteoutOpaque {
 			return nil // seen by subdir
 		}
+		if hidden == "" || hidden == "." || hidden == ".." {
+			return fmt.Errorf("%w: whiteout of no name", ErrRefused)
+		}
 		return os.RemoveAll(procPath(dst, hidden))
 	}
 	if st.Mode&unix.S_IFMT == unix.S_IFDIR {
@@ -243,4 +246,6 @@ func copyXattrs(from, to int) error {
 }
 
 // procPath names base in an open directory for calls that have no *at form.
-func procPath(fd int, base string) string { return "/proc/self/fd/" + strconv.Itoa(fd) + "/" + base }
+func procPath(fd int, base string) string { return fdPath(fd) + "/" + base }
+
+func fdPath(fd int) string { return "/proc/self/fd/" + strconv.Itoa(fd) }

@@ -62,7 +62,7 @@ var storeDirs = []string{"tmp", "layers", "images", "fix", "rootfs", "volumes", 
 // have damaged are dropped. One process may have a store open: ErrLocked otherwise.
 // It should run as uid 0 of a user namespace and in the mount namespace that containers are started from.
 func Open(cfg Config) (*Store, error) {
-	if err := cfg.check(); err != nil {
+	if err := cfg.Check(); err != nil {
 		return nil, err
 	}
 	if cfg.Log == nil {
@@ -70,6 +70,9 @@ func Open(cfg Config) (*Store, error) {
 	}
 	if cfg.MaxLayerBytes == 0 {
 		cfg.MaxLayerBytes = DefaultMaxLayerBytes
+	}
+	if cfg.MaxLayerEntries == 0 {
+		cfg.MaxLayerEntries = DefaultMaxLayerEntries
 	}
 	if cfg.waits == (waits{}) {
 		cfg.waits = defaultWaits
@@ -80,6 +83,7 @@ func Open(cfg Config) (*Store, error) {
 	}
 	cfg.Root = root
 	s := &Store{cfg: cfg, log: cfg.Log.With("component", "images"), index: newIndex(), meter: newMeter()}
+	s.fetch.transports.waits, s.fetch.transports.named = cfg.waits, s.cfg.named
 	s.fetch.slots = make(chan struct{}, max(3, runtime.GOMAXPROCS(0)))
 	s.life.kick = make(chan struct{}, 1)
 	if s.lock, err = lockFile(s.path("lock")); err != nil {
@@ -273,11 +277,8 @@ func (s *Store) commitImage(r *imageRecord, names []string) (*imageRecord, error
 	if old := s.index.image(r.ID); old != nil {
 		r = old.merge(r)
 	}
-	if err := s.writeRecord(s.imageFile(r.ID), r); err != nil {
-		return nil, err
-	}
-	losers := s.index.holders(names)
-	for _, id := range losers {
+	changed := []*imageRecord{r}
+	for _, id := range s.index.holders(names) {
 		if id == r.ID {
 			continue
 		}
@@ -286,12 +287,18 @@ func (s *Store) commitImage(r *imageRecord, names []string) (*imageRecord, error
 			delete(loser.Tags, n)
 		}
 		loser.Digests = slices.DeleteFunc(loser.Digests, func(d string) bool { return slices.Contains(names, d) })
-		if err := s.writeRecord(s.imageFile(id), loser); err != nil {
-			return nil, err
-		}
-		s.index.putImage(loser)
+		changed = append(changed, loser)
 	}
-	s.index.putImage(r)
+	records := make([]target, len(changed))
+	for i, c := range changed {
+		records[i] = target{s.imageFile(c.ID), c}
+	}
+	if err := s.writeRecords(records); err != nil {
+		return nil, err
+	}
+	for _, c := range slices.Backward(changed) { // losers first, as a name is one image's
+		s.index.putImage(c)
+	}
 	return r, nil
 }
 

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -43,11 +44,14 @@ func (s *Store) background(stale []string) {
 		if err == nil && len(s.fetch.slots) == 0 {
 			err = s.syncLayers()
 		}
+		var again <-chan time.Time
 		if err != nil && s.life.ctx.Err() == nil {
 			s.log.Warn("layers are not on stable storage yet", "error", err)
+			again = time.After(s.cfg.waits.resync) // the disk may be full, and is not for ever
 		}
 		select {
 		case <-s.life.kick: // by each layer that comes in
+		case <-again:
 		case <-s.life.ctx.Done():
 			return
 		}
@@ -83,36 +87,56 @@ func (s *Store) syncLayers() error {
 }
 
 // writeOut starts writing every file below dir and waits for it, one by one, so that it can stop at any of them;
-// it leaves the metadata to syncfs.
+// it leaves the metadata to syncfs. It goes by descriptors: names may be anything that the kernel takes.
 func writeOut(ctx context.Context, dir string) error {
-	root, err := os.OpenRoot(dir)
+	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("sync layer: %w", err)
 	}
-	defer root.Close()
-	return fs.WalkDir(root.FS(), ".", func(path string, d fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
+	return writeOutDir(ctx, os.NewFile(uintptr(fd), dir))
+}
+
+// writeOutDir takes dir over.
+func writeOutDir(ctx context.Context, dir *os.File) error {
+	defer dir.Close()
+	entries, err := dir.ReadDir(-1)
+	if err != nil {
+		return fmt.Errorf("sync layer: %w", err)
+	}
+	parent := int(dir.Fd())
+	for _, e := range entries {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		if !d.Type().IsRegular() {
-			return nil
+		switch {
+		case e.IsDir():
+			var fd int
+			if fd, err = openDirAt(parent, e.Name()); err == nil {
+				err = writeOutDir(ctx, os.NewFile(uintptr(fd), e.Name()))
+			}
+		case e.Type().IsRegular():
+			err = writeOutFile(parent, e.Name())
 		}
-		f, err := root.Open(path)
 		if err != nil {
-			return fmt.Errorf("sync layer: %w", err)
+			return err
 		}
-		defer f.Close()
-		const all = unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WRITE | unix.SYNC_FILE_RANGE_WAIT_AFTER
-		err = unix.SyncFileRange(int(f.Fd()), 0, 0, all)
-		// Filesystems without it (FUSE, overlayfs) are left to syncfs.
-		if err != nil && !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.ESPIPE) && !errors.Is(err, unix.EINVAL) {
-			return fmt.Errorf("sync layer file %s: %w", path, err)
-		}
-		return nil
-	})
+	}
+	return nil
+}
+
+func writeOutFile(parent int, name string) error {
+	fd, err := unix.Openat(parent, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("sync layer: %w", err)
+	}
+	defer unix.Close(fd)
+	const all = unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WRITE | unix.SYNC_FILE_RANGE_WAIT_AFTER
+	err = unix.SyncFileRange(fd, 0, 0, all)
+	// Filesystems without it (FUSE, overlayfs) are left to syncfs.
+	if err != nil && !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.ESPIPE) && !errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("sync layer file %q: %w", name, err)
+	}
+	return nil
 }
 
 func syncfs(path string) error {

@@ -42,11 +42,11 @@ func (s *Store) unpackLayer(ctx context.Context, dir string, want layerWant, blo
 	if err := os.Mkdir(diff, 0o755); err != nil {
 		return nil, fmt.Errorf("unpack layer: %w", err)
 	}
-	u, err := newUnpacker(s, diff)
+	u, err := newUnpacker(ctx, s, diff)
 	if err != nil {
 		return nil, err
 	}
-	err = unpackStream(ctx, u, in, want.DiffID)
+	err = unpackStream(u, in, want.DiffID)
 	if closeErr := u.close(); err == nil {
 		err = closeErr
 	}
@@ -60,7 +60,7 @@ func (s *Store) unpackLayer(ctx context.Context, dir string, want layerWant, blo
 
 // unpackStream runs blob → digest → decompress → diffID → tar → files. The diffID is computed in a goroutine of
 // its own, and the decompressors read ahead in theirs, so one large layer uses more than one CPU.
-func unpackStream(ctx context.Context, u *unpacker, in *verifier, diffID string) (err error) {
+func unpackStream(u *unpacker, in *verifier, diffID string) (err error) {
 	defer func() {
 		if err == nil {
 			return
@@ -74,7 +74,7 @@ func unpackStream(ctx context.Context, u *unpacker, in *verifier, diffID string)
 	if err != nil {
 		return err
 	}
-	sum, err := newHashTee(&limitReader{r: plain, left: u.maxBytes, max: u.maxBytes}, diffID)
+	sum, err := newHashTee(&limitReader{ctx: u.ctx, r: plain, left: u.maxBytes, max: u.maxBytes}, diffID)
 	if err != nil {
 		return errors.Join(err, plain.Close())
 	}
@@ -87,11 +87,11 @@ func unpackStream(ctx context.Context, u *unpacker, in *verifier, diffID string)
 		plain.Close() // waits for its goroutine; all there is to know was read before
 	}()
 	tarStream := bufio.NewReaderSize(sum, streamBuffer)
-	err = u.unpack(ctx, tarStream)
+	err = u.unpack(tarStream)
 	if err == nil {
 		// What follows the end of the archive is part of both digests.
 		if _, err = io.Copy(io.Discard, tarStream); err != nil {
-			err = fmt.Errorf("decompress layer: %w", err)
+			err = corrupt("decompress layer", err)
 		}
 	}
 	got := sum.finish()
@@ -122,13 +122,13 @@ func decompress(in io.Reader) (io.ReadCloser, error) {
 	case compressedGzip:
 		zr, err := pgzip.NewReaderN(br, streamBuffer, 8)
 		if err != nil {
-			return nil, fmt.Errorf("decompress layer: %w", err)
+			return nil, corrupt("decompress layer", err)
 		}
 		return zr, nil
 	case compressedZstd:
 		zr, err := zstd.NewReader(br, zstd.WithDecoderConcurrency(2), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(zstdMaxWindow))
 		if err != nil {
-			return nil, fmt.Errorf("decompress layer: %w", err)
+			return nil, corrupt("decompress layer", err)
 		}
 		return zr.IOReadCloser(), nil
 	default:
@@ -256,16 +256,21 @@ func (t *hashTee) finish() string {
 	return digestOf(t.want, t.hash)
 }
 
-// limitReader fails, where io.LimitReader ends, when there is more than max.
+// limitReader fails, where io.LimitReader ends, when there is more than max. It ends with its context, too: what a
+// small blob unpacks to may take long, and needs no more of the network.
 type limitReader struct {
+	ctx       context.Context
 	r         io.Reader
 	left, max int64
 }
 
 func (l *limitReader) Read(p []byte) (int, error) {
+	if l.ctx.Err() != nil {
+		return 0, context.Cause(l.ctx)
+	}
 	n, err := l.r.Read(p)
 	if l.left -= int64(n); l.left < 0 {
-		return 0, fmt.Errorf("%w: layer unpacks to more than %d bytes, the limit of this store", ErrRefused, l.max)
+		return 0, tooManyBytes(l.max)
 	}
 	return n, err
 }

@@ -63,7 +63,7 @@ func (u *unpacker) xattrs(fd int, path string, at place, h *tar.Header) error {
 			continue
 		}
 		if strings.HasPrefix(name, "user.overlay.") || strings.HasPrefix(name, "trusted.overlay.") || strings.HasPrefix(name, "user.fuseoverlayfs.") {
-			u.notes.add("attribute "+name+" left out: it belongs to the overlay", at.name)
+			u.notes.add("attribute "+printable(name)+" left out: it belongs to the overlay", at.name)
 			continue
 		}
 		var err error
@@ -75,12 +75,22 @@ func (u *unpacker) xattrs(fd int, path string, at place, h *tar.Header) error {
 		switch {
 		case err == nil:
 		case errors.Is(err, unix.EOPNOTSUPP), mayBeRefused(name) && (errors.Is(err, unix.EPERM) || errors.Is(err, unix.EINVAL)):
-			u.notes.add(fmt.Sprintf("attribute %s left out: %s", name, err), at.name)
+			u.notes.add(fmt.Sprintf("attribute %s left out: %s", printable(name), err), at.name)
+		case errors.Is(err, unix.ERANGE), errors.Is(err, unix.E2BIG):
+			return fmt.Errorf("%w: attribute %s of %d bytes: the kernel takes 255 bytes of name and 65536 of value", ErrRefused, printable(name), len(h.PAXRecords[key]))
 		default:
-			return fmt.Errorf("set attribute %s: %w", name, err)
+			return fmt.Errorf("set attribute %s of %d bytes: %w", printable(name), len(h.PAXRecords[key]), err)
 		}
 	}
 	return nil
+}
+
+// printable is a name from an archive as a message may show it.
+func printable(name string) string {
+	if quoted := fmt.Sprintf("%.100q", name); quoted != `"`+name+`"` {
+		return quoted
+	}
+	return name
 }
 
 // mayBeRefused tells the attributes that the kernel keeps from a user namespace: trusted.*, security.* but file

@@ -1,13 +1,12 @@
 package images
 
 import (
+	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"os"
 	"path"
 	"slices"
-	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -15,7 +14,12 @@ import (
 
 const (
 	maxOpenDirs = 512
-	maxLinks    = 40 // as the kernel's MAXSYMLINKS
+	maxLinks    = 40  // as the kernel's MAXSYMLINKS
+	maxDepth    = 512 // of directories in each other: whoever walks them, to remove them for one, has one open at each level
+	// What is kept of directories until all is unpacked: dirCost bytes and the name for each, and no more than keptPerEntry
+	// for each entry that a layer may have. Many and deep ones are cheap to ask for.
+	dirCost      = 200
+	keptPerEntry = 64
 )
 
 // tree is a directory that a layer is unpacked into. Directories are named by paths from its root and reached
@@ -23,18 +27,24 @@ const (
 // earlier entry left, absolute or full of "..", leads to another place inside. The last part of a name is never
 // followed at all. Descriptors of directories are kept, since an archive's entries come in order.
 type tree struct {
-	root    int
-	open    map[string]int     // directories by path; closed by trim and flush
-	meta    map[string]dirMeta // what the archive says of its directories, set by finish
-	implied map[string]bool    // directories that were made because an entry was in them
+	root int
+	path string         // of root
+	open map[string]int // directories by path; closed by trim and flush
+	held []int          // no longer found by their path, but in use; closed with them
+	dirs *dirNode       // what the archive says of its directories, set by finish
+	made int            // directories without an entry that were made
+	room int64          // bytes that may still be kept of directories
 }
 
-func openTree(dir string) (tree, error) {
+func openTree(dir string, maxEntries int) (tree, error) {
 	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return tree{}, fmt.Errorf("open layer root %s: %w", dir, err)
 	}
-	t := tree{root: fd, open: map[string]int{}, meta: map[string]dirMeta{}, implied: map[string]bool{}}
+	t := tree{root: fd, open: map[string]int{}, dirs: &dirNode{}, room: int64(maxEntries) * keptPerEntry}
+	if t.path, err = os.Readlink(fdPath(fd)); err != nil {
+		return tree{}, errors.Join(fmt.Errorf("open layer root: %w", err), unix.Close(fd))
+	}
 	// A setgid bit or a default ACL of the directory above would be inherited by everything in the layer.
 	err = unix.Fremovexattr(fd, "system.posix_acl_default")
 	if err != nil && !errors.Is(err, unix.ENODATA) && !errors.Is(err, unix.EOPNOTSUPP) {
@@ -54,6 +64,10 @@ func (t *tree) close() error {
 // flush closes the kept descriptors. It must follow every removal of a directory or a symbolic link: a path may
 // then lead elsewhere.
 func (t *tree) flush() {
+	for _, fd := range t.held {
+		unix.Close(fd)
+	}
+	t.held = nil
 	for name, fd := range t.open {
 		unix.Close(fd)
 		delete(t.open, name)
@@ -62,7 +76,7 @@ func (t *tree) flush() {
 
 // trim bounds the kept descriptors. Call it where none is in use.
 func (t *tree) trim() {
-	if len(t.open) > maxOpenDirs {
+	if len(t.open)+len(t.held) > maxOpenDirs {
 		t.flush()
 	}
 }
@@ -118,11 +132,18 @@ func (t *tree) makePath(name string, links int) (int, error) {
 	if err == nil && !isWhiteout(&st) {
 		return -1, fmt.Errorf("%w: %q is not a directory", ErrRefused, name)
 	}
-	if _, err := t.makeDir(at); err != nil {
+	made, err := t.makeDir(at)
+	if err != nil {
 		return -1, err
 	}
-	t.implied[name] = true
-	t.meta[name] = dirMeta{Mode: 0o755}
+	if made {
+		t.made++
+	}
+	node, err := t.node(name)
+	if err != nil {
+		return -1, err
+	}
+	node.meta, node.implied = &dirMeta{Mode: 0o755}, true
 	return t.existingDir(name)
 }
 
@@ -145,7 +166,12 @@ func (t *tree) followMissing(at place, above string, links int) (int, error) {
 // makeDir makes the directory at, unless it is there. Anything else in its place gives way; a whiteout does so
 // by making the directory opaque, which is what both together mean.
 func (t *tree) makeDir(at place) (made bool, err error) {
-	delete(t.implied, at.name)
+	if node := t.dirs.find(at.name); node != nil {
+		node.implied = false
+	}
+	if err := t.mayHold(at); err != nil {
+		return false, err
+	}
 	err = unix.Mkdirat(at.fd, at.base, 0o700)
 	if err == nil {
 		return true, nil
@@ -177,6 +203,24 @@ func (t *tree) makeDir(at place) (made bool, err error) {
 	return true, setOpaque(fd)
 }
 
+// mayHold refuses a directory that no reader of the whole tree could get at, and one that other tools would take for a
+// whiteout: fuse-overlayfs and copyRootfs would remove what its name says.
+func (t *tree) mayHold(at place) error {
+	if strings.HasPrefix(at.base, whiteoutPrefix) {
+		return fmt.Errorf("%w: a directory is called %.300q, which is the name of a whiteout", ErrRefused, at.base)
+	}
+	// Where the directory really is, whatever links led there.
+	above, err := os.Readlink(fdPath(at.fd))
+	if err != nil && !errors.Is(err, unix.ENAMETOOLONG) {
+		return fmt.Errorf("make directory: %w", err)
+	}
+	inside := strings.TrimPrefix(above, t.path)
+	if err != nil || len(inside)+len(at.base) >= maxPath || strings.Count(inside, "/")+1 > maxDepth {
+		return fmt.Errorf("%w: directories are nested more than %d deep, or their path is longer than %d bytes", ErrRefused, maxDepth, maxPath)
+	}
+	return nil
+}
+
 // clear removes what is at a place, with all that is in it: of two entries with one name the later counts.
 func (t *tree) clear(at place) error {
 	err := unix.Unlinkat(at.fd, at.base, 0)
@@ -185,11 +229,8 @@ func (t *tree) clear(at place) error {
 	}
 	if errors.Is(err, unix.EISDIR) {
 		// RemoveAll does not follow links, and enters by the descriptor that we hold.
-		err = os.RemoveAll("/proc/self/fd/" + strconv.Itoa(at.fd) + "/" + at.base)
-		below := at.name + "/"
-		gone := func(name string) bool { return name == at.name || strings.HasPrefix(name, below) }
-		maps.DeleteFunc(t.meta, func(name string, _ dirMeta) bool { return gone(name) })
-		maps.DeleteFunc(t.implied, func(name string, _ bool) bool { return gone(name) })
+		err = os.RemoveAll(procPath(at.fd, at.base))
+		t.dirs.drop(at.name)
 	}
 	if err != nil {
 		return fmt.Errorf("replace: %w", err)
@@ -201,46 +242,82 @@ func (t *tree) clear(at place) error {
 // forget closes the kept descriptors but the one that at is in, which the caller still uses.
 func (t *tree) forget(at place) {
 	for name, fd := range t.open {
-		if fd != at.fd {
+		if fd == at.fd {
+			t.held = append(t.held, fd) // its path may have led through what is gone
+		} else {
 			unix.Close(fd)
-			delete(t.open, name)
 		}
+		delete(t.open, name)
 	}
 }
 
-// describe keeps what is to be set on a directory in the end.
-func (t *tree) describe(name string, m dirMeta) {
-	t.meta[name] = m
-	delete(t.implied, name)
+// node returns what is kept of a directory.
+func (t *tree) node(name string) (*dirNode, error) {
+	node, made := t.dirs.at(name)
+	if made {
+		if t.room -= dirCost + int64(len(name)); t.room < 0 {
+			return nil, fmt.Errorf("%w: the layer has too many directories, or too deep ones; where that is right, "+
+				"raise images.maxLayerEntries (--max-layer-entries)", ErrRefused)
+		}
+	}
+	return node, nil
 }
 
-func (t *tree) impliedDirs() []string { return slices.Sorted(maps.Keys(t.implied)) }
+// describe keeps what is to be set on a directory in the end.
+func (t *tree) describe(name string, m dirMeta) error {
+	node, err := t.node(name)
+	if err != nil {
+		return err
+	}
+	node.meta, node.implied = &m, false
+	return nil
+}
+
+// impliedDirs lists the directories that no entry describes, sorted.
+func (t *tree) impliedDirs() []string {
+	var implied []string
+	_ = t.dirs.walk("", func(name string, node *dirNode) error { // no visit fails
+		if node.implied {
+			implied = append(implied, name)
+		}
+		return nil
+	})
+	slices.Sort(implied)
+	return implied
+}
 
 // finish sets mode, owner and time of the directories. One that was replaced or can no longer be reached by its
 // name is passed over.
-func (t *tree) finish() error {
-	for _, name := range slices.Backward(slices.Sorted(maps.Keys(t.meta))) {
-		t.trim()
-		above, base := path.Split(name)
-		parent, err := t.existingDir(strings.TrimSuffix(above, "/"))
-		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
-			continue
-		} else if err != nil {
-			return err
+func (t *tree) finish(ctx context.Context) error {
+	return t.dirs.walk("", func(name string, node *dirNode) error {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
 		}
-		if name == "" {
-			base = "."
-		}
-		fd, err := openDirAt(parent, base)
-		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
-			continue
-		} else if err != nil {
-			return err
-		}
-		err = applyDirMeta(fd, t.meta[name])
-		if err := errors.Join(err, unix.Close(fd)); err != nil {
-			return fmt.Errorf("set attributes of %q: %w", name, err)
-		}
+		return t.finishDir(name, *node.meta)
+	})
+}
+
+func (t *tree) finishDir(name string, meta dirMeta) error {
+	t.trim()
+	above, base := path.Split(name)
+	parent, err := t.existingDir(strings.TrimSuffix(above, "/"))
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	if name == "" {
+		base = "."
+	}
+	fd, err := openDirAt(parent, base)
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	err = applyDirMeta(fd, meta)
+	if err := errors.Join(err, unix.Close(fd)); err != nil {
+		return fmt.Errorf("set attributes of %q: %w", name, err)
 	}
 	return nil
 }

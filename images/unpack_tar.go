@@ -12,18 +12,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const (
-	maxPath    = 4096    // PATH_MAX: no container could open a longer name
-	maxEntries = 4 << 20 // bounds inodes, as MaxLayerBytes bounds bytes
-)
+const maxPath = 4096 // PATH_MAX: no container could open a longer name
 
 // unpacker writes the entries of one layer's archive below its root. No entry, however it is named and whatever
 // links came before it, reaches anything outside: see unpack_path.go.
 type unpacker struct {
+	ctx        context.Context // of the one archive that it unpacks
 	tree       tree
 	ids        idMaps
 	refuseIDs  bool
 	maxBytes   int64
+	maxEntries int
 	logical    int64 // sum of file sizes, holes included
 	entries    int
 	buf        []byte
@@ -34,53 +33,83 @@ type unpacker struct {
 	notes      noteList
 }
 
-func newUnpacker(s *Store, dir string) (*unpacker, error) {
-	t, err := openTree(dir)
+func newUnpacker(ctx context.Context, s *Store, dir string) (*unpacker, error) {
+	t, err := openTree(dir, s.cfg.MaxLayerEntries)
 	if err != nil {
 		return nil, err
 	}
-	return &unpacker{tree: t, ids: s.ids, refuseIDs: s.cfg.RefuseUnmappedIDs, maxBytes: s.cfg.MaxLayerBytes, buf: make([]byte, streamBuffer)}, nil
+	return &unpacker{ctx: ctx, tree: t, ids: s.ids, refuseIDs: s.cfg.RefuseUnmappedIDs, maxBytes: s.cfg.MaxLayerBytes,
+		maxEntries: s.cfg.MaxLayerEntries, buf: make([]byte, streamBuffer)}, nil
 }
 
 func (u *unpacker) close() error { return u.tree.close() }
 
 // record tells what was unpacked.
 func (u *unpacker) record() *layerRecord {
-	return &layerRecord{Bytes: u.bytes, Inodes: u.inodes + 1, Root: u.root, OpaqueRoot: u.opaqueRoot,
-		Implied: u.tree.impliedDirs(), Notes: u.notes.list}
+	made := uint64(u.tree.made)
+	rec := &layerRecord{Bytes: u.bytes + made*blockSize, Inodes: u.inodes + made + 1, Root: u.root, OpaqueRoot: u.opaqueRoot, Notes: u.notes.list}
+	rec.setImplied(u.tree.impliedDirs())
+	return rec
 }
 
-func (u *unpacker) unpack(ctx context.Context, r io.Reader) error {
+func (u *unpacker) unpack(r io.Reader) error {
 	tr := tar.NewReader(r)
 	for {
-		if err := ctx.Err(); err != nil {
-			return context.Cause(ctx)
+		if u.ctx.Err() != nil {
+			return context.Cause(u.ctx)
 		}
 		h, err := tr.Next()
 		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil && !(errors.Is(err, tar.ErrInsecurePath) && h != nil) {
-			return fmt.Errorf("read layer archive: %w", err)
+			return corrupt("read layer archive", err)
 		}
 		if err := u.entry(h, tr); err != nil {
-			return fmt.Errorf("unpack layer entry %.300q: %w", h.Name, err)
+			return fmt.Errorf("unpack layer entry %.300q: %w", h.Name, refused(err))
 		}
 	}
-	return u.tree.finish()
+	return u.tree.finish(u.ctx)
+}
+
+// corrupt marks what a decompressor or the tar reader found wrong; what they only pass on has its own cause.
+func corrupt(what string, err error) error {
+	if errors.Is(err, ErrRefused) || errors.Is(err, context.Canceled) || errors.Is(err, ErrClosed) {
+		return err
+	}
+	return fmt.Errorf("%w: %s: %w", ErrCorrupt, what, err)
+}
+
+// refused marks the errors of the kernel that an archive brings about, and no place that could be better.
+func refused(err error) error {
+	for _, errno := range []unix.Errno{unix.ELOOP, unix.ENAMETOOLONG, unix.EMLINK, unix.ENOTDIR, unix.EISDIR, unix.ENOENT, unix.EPERM, unix.EINVAL,
+		unix.EEXIST} {
+		if errors.Is(err, errno) {
+			return fmt.Errorf("%w: %w", ErrRefused, err)
+		}
+	}
+	return err
+}
+
+// tooManyBytes and tooManyEntries name the setting by which a user who trusts the image lets it in.
+func tooManyBytes(limit int64) error {
+	return fmt.Errorf("%w: layer unpacks to more than %d bytes; where that is right, raise images.maxLayerBytes (--max-layer-bytes)", ErrRefused, limit)
+}
+
+func tooManyEntries(limit int) error {
+	return fmt.Errorf("%w: layer has more than %d entries; where that is right, raise images.maxLayerEntries (--max-layer-entries)", ErrRefused, limit)
 }
 
 func (u *unpacker) entry(h *tar.Header, content io.Reader) error {
-	if h.Typeflag == tar.TypeXGlobalHeader {
-		return nil
-	}
 	u.entries++
 	u.logical += max(h.Size, 0)
 	switch {
-	case u.entries > maxEntries:
-		return fmt.Errorf("%w: layer has more than %d entries", ErrRefused, maxEntries)
+	case u.entries+u.tree.made > u.maxEntries:
+		return tooManyEntries(u.maxEntries)
+	case h.Typeflag == tar.TypeXGlobalHeader:
+		return nil
 	case h.Size < 0 || u.logical > u.maxBytes:
-		return fmt.Errorf("%w: layer unpacks to more than %d bytes, the limit of this store", ErrRefused, u.maxBytes)
+		return tooManyBytes(u.maxBytes)
 	case len(h.Name) >= maxPath || len(h.Linkname) >= maxPath:
 		return fmt.Errorf("%w: name is longer than %d bytes", ErrRefused, maxPath)
 	}
@@ -210,8 +239,7 @@ func (u *unpacker) directory(at place, h *tar.Header) error {
 	if at.name == "" {
 		u.root = &meta
 	}
-	u.tree.describe(at.name, meta)
-	return nil
+	return u.tree.describe(at.name, meta)
 }
 
 func (u *unpacker) file(at place, h *tar.Header, content io.Reader) error {
@@ -259,9 +287,12 @@ func (u *unpacker) write(fd int, h *tar.Header, content io.Reader) (written int6
 		buf = buf[:holeSize]
 	}
 	for off := int64(0); off < h.Size; {
+		if u.ctx.Err() != nil { // the content may be a hole of any size, or be in memory already
+			return written, context.Cause(u.ctx)
+		}
 		n, err := io.ReadFull(content, buf[:min(int64(len(buf)), h.Size-off)])
 		if err != nil {
-			return written, fmt.Errorf("read file content: %w", err)
+			return written, corrupt("read file content", err)
 		}
 		if sparse && allZero(buf[:n]) {
 			off += int64(n)

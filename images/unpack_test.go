@@ -483,3 +483,95 @@ func FuzzUnpack(f *testing.F) {
 		}
 	})
 }
+
+// Parts of names and kinds of entries, of which FuzzEntries makes archives that the tar reader takes.
+var (
+	fuzzParts = []string{"a", "b", "c", "l", "..", ".", "", "/", ".wh.a", ".wh.b", ".wh.", ".wh..", ".wh...", ".wh..wh..opq", ".wh..wh.x", "a\xff", "proc", "self", "fd", "0"}
+	fuzzKinds = []byte{tar.TypeReg, tar.TypeDir, tar.TypeSymlink, tar.TypeLink, tar.TypeFifo, tar.TypeChar, tar.TypeDir, tar.TypeReg}
+)
+
+// fuzzEntries reads a script: for each entry its kind, how many parts name and link have, and those.
+func fuzzEntries(script []byte) []entry {
+	next := func() int {
+		if len(script) == 0 {
+			return 0
+		}
+		b := script[0]
+		script = script[1:]
+		return int(b)
+	}
+	path := func(parts int) string {
+		var out []string
+		for range parts {
+			out = append(out, fuzzParts[next()%len(fuzzParts)])
+		}
+		return strings.Join(out, "/")
+	}
+	var entries []entry
+	for len(script) > 0 && len(entries) < 200 {
+		head := next()
+		e := entry{kind: fuzzKinds[head%len(fuzzKinds)], mode: int64(0o700 | head&0o77), name: path(1 + head>>3&3), pax: map[string]string{"X.a": "b"}}
+		if e.kind == tar.TypeSymlink || e.kind == tar.TypeLink {
+			e.link = path(1 + head>>5)
+		}
+		if e.kind == tar.TypeReg && !strings.HasSuffix(e.name, "/") {
+			e.body = "x"
+		}
+		if e.kind == tar.TypeReg && strings.HasSuffix(e.name, "/") || e.name == "" {
+			e.name += "f" // the tar writer takes no file with a slash at its end
+		}
+		entries = append(entries, e)
+	}
+	return entries
+}
+
+// FuzzEntries unpacks archives of names and links that lead about, then does to the layer what the store does to it:
+// writes it out, copies it, removes it.
+func FuzzEntries(f *testing.F) {
+	f.Add([]byte{2, 3, 4, 0, 8, 3, 0})
+	f.Add([]byte{1, 0, 8, 0, 1, 0, 0, 0, 9, 0, 2, 11, 3, 0, 0})
+	f.Add([]byte{8, 12, 0, 1, 0, 8, 0, 12, 9, 13, 0})
+	s := openStore(f, Config{MaxLayerBytes: 1 << 20})
+	f.Fuzz(func(t *testing.T, script []byte) {
+		outside := t.TempDir()
+		dir, copied := filepath.Join(outside, "layer"), filepath.Join(outside, "copy")
+		for _, d := range []string{dir, filepath.Join(copied, "merged"), filepath.Join(copied, "upper")} {
+			if err := os.MkdirAll(d, 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+		raw := archiveOf(t, fuzzEntries(script)...)
+		rec, err := s.unpackLayer(context.Background(), dir, layerWant{DiffID: sum(raw), Size: -1}, bytes.NewReader(raw))
+		diff := filepath.Join(dir, "diff")
+		if err != nil {
+			if !errors.Is(err, ErrRefused) && !errors.Is(err, ErrCorrupt) {
+				t.Errorf("error without a class: %v", err)
+			}
+		} else {
+			for _, name := range rec.impliedDirs() {
+				if !rec.implies(name) {
+					t.Errorf("%q is implied, and is not", name)
+				}
+			}
+			err = errors.Join(writeOut(context.Background(), diff), copyRootfs(context.Background(), copied, []string{diff, diff}, true))
+		}
+		if err != nil && rec != nil {
+			t.Errorf("the layer cannot be used: %v", err)
+		}
+		for _, tree := range []string{diff, filepath.Join(copied, "merged")} {
+			if err := os.RemoveAll(tree); err != nil {
+				t.Error(err)
+			}
+		}
+		for d, want := range map[string]string{outside: "copy layer", dir: "", copied: "upper"} {
+			entries, err := os.ReadDir(d)
+			var names []string
+			for _, e := range entries {
+				names = append(names, e.Name())
+			}
+			if got := strings.Join(names, " "); got != want || err != nil {
+				t.Fatalf("%s has %q, want %q: reached outside; %v", d, got, want, err)
+			}
+		}
+	})
+}

@@ -54,6 +54,9 @@ func parsePodCIDR(cidrs string) ([]netip.Prefix, error) {
 		if prefix.Addr().Is4In6() {
 			return nil, fmt.Errorf("pod CIDR %s is IPv4 in the form of IPv6: %w", cidr, ErrInvalid)
 		}
+		if a := prefix.Addr(); a.IsMulticast() || a.IsLoopback() || a.IsUnspecified() || a.Is6() && a.IsLinkLocalUnicast() {
+			return nil, fmt.Errorf("pod CIDR %s has addresses that no pod can have: %w", cidr, ErrInvalid)
+		}
 		if prefix != prefix.Masked() {
 			return nil, fmt.Errorf("pod CIDR %s has host bits set, its network is %s: %w", cidr, prefix.Masked(), ErrInvalid)
 		}

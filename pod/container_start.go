@@ -48,7 +48,8 @@ func (s *Service) startContainer(ctx context.Context, id string) error {
 		defer cancel()
 		return errors.Join(err, c.startFailed(err), s.deps.Containers.Delete(last, c.spec.ID))
 	}
-	return c.observe(state)
+	s.recorded(c.spec.ID, c.observe(state)) // it runs, whether that is on disk or not
+	return nil
 }
 
 func (s *Service) launch(ctx context.Context, p *pod, c *container) (ctr.State, error) {

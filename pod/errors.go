@@ -4,6 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
 	"runtime/debug"
 	"syscall"
 
@@ -77,7 +80,9 @@ var grpcCodes = []struct {
 	{netslirp.ErrPortInUse, codes.FailedPrecondition},
 	{netslirp.ErrPortReserved, codes.FailedPrecondition},
 	{cgroupv2.ErrInvalidPath, codes.InvalidArgument},
+	{images.ErrFull, codes.ResourceExhausted},
 	{syscall.ENOSPC, codes.ResourceExhausted},
+	{syscall.EDQUOT, codes.ResourceExhausted},
 	{errState, codes.FailedPrecondition},
 	{ctr.ErrNotRunning, codes.FailedPrecondition},
 	{errUnsupported, codes.Unimplemented},
@@ -107,12 +112,27 @@ func grpcError(err error) error {
 		// The kubelet tells these failures by how the message begins (k8s.io/cri-api/pkg/errors).
 		text = crierrors.ErrImageVolumeMountFailed.Error() + ": " + text
 	}
+	text += roomHint(err)
 	for _, c := range grpcCodes {
 		if errors.Is(err, c.err) {
 			return status.Error(c.code, text)
 		}
 	}
 	return status.Error(codes.Internal, text)
+}
+
+// roomHint says what to do about a directory that is full. The image store says so itself.
+func roomHint(err error) string {
+	if errors.Is(err, images.ErrFull) || !errors.Is(err, syscall.ENOSPC) && !errors.Is(err, syscall.EDQUOT) {
+		return ""
+	}
+	where := "the node's directories"
+	if at := (*fs.PathError)(nil); errors.As(err, &at) {
+		where = filepath.Dir(at.Path)
+	} else if at := (*os.LinkError)(nil); errors.As(err, &at) {
+		where = filepath.Dir(at.New)
+	}
+	return "; make room on the filesystem of " + where + " (df -h and df -i show what has run out), and try again"
 }
 
 // answer ends every RPC: a response, or a status.

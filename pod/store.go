@@ -69,7 +69,7 @@ func replace[T any](path string, record T, synced bool) error {
 	}
 	tmp := path + tempSuffix
 	if err := write(tmp, raw, synced); err != nil {
-		return errors.Join(err, os.Remove(tmp))
+		return errors.Join(err, remove(tmp))
 	}
 	crash.Point("pod/record-written")
 	if err := os.Rename(tmp, path); err != nil {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -59,6 +60,7 @@ type grpcConfig struct {
 
 type imagesConfig struct {
 	MaxLayerBytes     int64  `json:"maxLayerBytes"`
+	MaxLayerEntries   int64  `json:"maxLayerEntries"`
 	DockerConfig      string `json:"dockerConfig"`
 	RefuseUnmappedIDs bool   `json:"refuseUnmappedIDs"`
 }
@@ -70,7 +72,7 @@ func defaults() config {
 		Network:   networkConfig{Driver: "slirp4netns", Program: "slirp4netns", MTU: 65520, PodCIDR: netslirp.DefaultPodCIDR},
 		Limits:    "best-effort",
 		Streaming: streamingConfig{Address: "127.0.0.1:0"},
-		Images:    imagesConfig{MaxLayerBytes: 64 << 30},
+		Images:    imagesConfig{MaxLayerBytes: images.DefaultMaxLayerBytes, MaxLayerEntries: images.DefaultMaxLayerEntries},
 		CopyUp:    []string{"/etc", "/run", "/var/lib"},
 		CDIDirs:   cdiSpecDirs(),
 	}
@@ -163,6 +165,8 @@ var keys = []key{
 	truth("grpc-health", "grpc.health", "serve the gRPC health service on the CRI's socket, for probes", func(c *config) *bool { return &c.GRPC.Health }),
 	number("max-layer-bytes", "images.maxLayerBytes", "largest unpacked size of one image layer, in bytes",
 		func(c *config, n int64) { c.Images.MaxLayerBytes = n }, func(c config) int64 { return c.Images.MaxLayerBytes }),
+	number("max-layer-entries", "images.maxLayerEntries", "most files and directories that one image layer may have",
+		func(c *config, n int64) { c.Images.MaxLayerEntries = n }, func(c config) int64 { return c.Images.MaxLayerEntries }),
 	truth("refuse-unmapped-ids", "images.refuseUnmappedIDs", "refuse an image with owners outside this user's id range, in place of giving those files to 65534",
 		func(c *config) *bool { return &c.Images.RefuseUnmappedIDs }),
 	text("docker-config", "images.dockerConfig", "docker config.json with registry credentials; empty looks where docker and podman do", func(c *config) *string { return &c.Images.DockerConfig }),
@@ -230,7 +234,14 @@ func (s *settings) resolve(flags *pflag.FlagSet) (config, error) {
 			return c, fmt.Errorf("cdiSpecDirs[%d]: %q: give an absolute directory", i, dir)
 		}
 	}
-	return c, validateHandlers(c.Handlers)
+	store := c.imageStore("unused", nil)
+	return c, errors.Join(validateHandlers(c.Handlers), store.Check())
+}
+
+// imageStore is the configuration of the image store at root.
+func (c config) imageStore(root string, log *slog.Logger) images.Config {
+	return images.Config{Root: root, Registries: c.Registries, DockerConfig: c.Images.DockerConfig, MaxLayerBytes: c.Images.MaxLayerBytes,
+		MaxLayerEntries: int(c.Images.MaxLayerEntries), RefuseUnmappedIDs: c.Images.RefuseUnmappedIDs, Log: log}
 }
 
 // readFile reads the file over c. A file that was named must exist; unknown keys are refused, so that a

@@ -94,6 +94,8 @@ func TestABadSettingIsNamed(t *testing.T) {
 		{"handlers: {\"\": {path: /usr/bin/crun}}\n", nil, `handlers: ""`},
 		{"handlers: {crun: {}}\n", nil, "handlers.crun.path"},
 		{"handlers: {crun: {path: crun, arguments: [x]}}\n", nil, `unknown key "arguments"`},
+		{"registries: {a: {mirrors: [\"ftp://b\"]}}\n", nil, "registries: a"},
+		{"images: {maxLayerEntries: -1}\n", nil, "images.maxLayerEntries"},
 		{"", []string{"--network-mtu=big"}, "--network-mtu"},
 		{"", []string{"--host-loopback=perhaps"}, "--host-loopback"},
 		{"", []string{"--config=/nonexistent/c.yaml"}, "no such file"},

@@ -73,8 +73,7 @@ func runDaemon(ctx context.Context, c config, node rootless.Node) (err error) {
 	if err != nil {
 		return err
 	}
-	store, err := images.Open(images.Config{Root: filepath.Join(node.DataDir, "images"), Registries: c.Registries,
-		DockerConfig: c.Images.DockerConfig, MaxLayerBytes: c.Images.MaxLayerBytes, RefuseUnmappedIDs: c.Images.RefuseUnmappedIDs, Log: log})
+	store, err := images.Open(c.imageStore(filepath.Join(node.DataDir, "images"), log))
 	if err != nil {
 		return err
 	}

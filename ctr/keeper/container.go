@@ -41,7 +41,9 @@ type container struct {
 	making   sync.RWMutex   // held for reading while an exec's process is made and not known; within op
 	sessions sync.WaitGroup // execs that run
 
-	record sync.Mutex // held from reading the state to its being on disk; before mu
+	record  sync.Mutex // held from reading the state to its being on disk; before mu
+	behind  bool       // the disk has an older state, and catchUp runs; guarded by record
+	removed bool       // the record is not to be written any more; guarded by record
 
 	mu    sync.Mutex
 	state wire.State
@@ -189,9 +191,7 @@ func (c *container) start() (wire.State, error) {
 func (c *container) save() {
 	c.record.Lock()
 	defer c.record.Unlock()
-	if err := c.keeper.writeRecord(c.snapshot()); err != nil {
-		c.keeper.log.Error("container state is not on disk", "container", c.id, "error", err)
-	}
+	c.persist(c.snapshot())
 }
 
 // watch waits for the end of the init process, records it and tells it. It runs once, from the creation on.
@@ -223,9 +223,7 @@ func (c *container) finish(at time.Time, code int) {
 	defer c.record.Unlock()
 	s := c.snapshot()
 	s.FinishedAt, s.ExitCode, s.OOMKilled = at, code, oomKilled(c.member.cgroup)
-	if err := c.keeper.writeRecord(s); err != nil {
-		c.keeper.log.Error("exit is not on disk", "container", c.id, "exit_code", code, "error", err)
-	}
+	c.persist(s)
 	c.mu.Lock()
 	c.state.FinishedAt, c.state.ExitCode, c.state.OOMKilled = s.FinishedAt, s.ExitCode, s.OOMKilled
 	if s.OOMKilled {
@@ -304,7 +302,11 @@ func (k *Keeper) remove(ctx context.Context, id string) error {
 	if err := c.destroy(ctx); err != nil {
 		return fmt.Errorf("delete container: %w", err)
 	}
-	if err := k.removeRecord(id); err != nil {
+	c.record.Lock()
+	c.removed = true
+	err = k.removeRecord(id)
+	c.record.Unlock()
+	if err != nil {
 		return err
 	}
 	k.drop(c)

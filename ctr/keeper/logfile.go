@@ -124,6 +124,9 @@ func (l *logFile) close() {
 	if l.file == nil {
 		return
 	}
+	if l.dropped > 0 {
+		l.log.Warn("container log lost its last lines", "path", l.path, "dropped_bytes", l.dropped)
+	}
 	if err := l.file.Close(); err != nil {
 		l.log.Error("close container log", "path", l.path, "error", err)
 	}

@@ -40,6 +40,49 @@ func (k *Keeper) writeRecord(s wire.State) error {
 	return nil
 }
 
+// recordRetry is how long a full runtime directory is left alone before a record is tried again.
+const recordRetry = time.Second
+
+// persist writes the record of s, now or, where there is no room, as soon as there is. The caller holds c.record.
+func (c *container) persist(s wire.State) {
+	err := c.keeper.writeRecord(s)
+	if err == nil || c.behind {
+		return // catchUp writes what is then the state
+	}
+	c.keeper.log.Error("container state is not on disk: it is tried again", "container", c.id, "finished", s.Exited(), "exit_code", s.ExitCode, "error", err)
+	c.behind = true
+	c.keeper.tasks.Go(c.catchUp)
+}
+
+// catchUp ends with the record on disk, with the container, or with the keeper.
+func (c *container) catchUp() {
+	tick := time.NewTicker(recordRetry)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-c.keeper.stopped.Done():
+			return
+		}
+		if c.caughtUp() {
+			return
+		}
+	}
+}
+
+func (c *container) caughtUp() bool {
+	c.record.Lock()
+	defer c.record.Unlock()
+	if !c.removed {
+		if err := c.keeper.writeRecord(c.snapshot()); err != nil {
+			return false
+		}
+		c.keeper.log.Warn("container state is on disk again", "container", c.id)
+	}
+	c.behind = false
+	return true
+}
+
 func (k *Keeper) removeRecord(id string) error {
 	if err := os.Remove(k.recordPath(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("remove record: %w", err)

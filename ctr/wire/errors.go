@@ -3,6 +3,7 @@ package wire
 import (
 	"errors"
 	"strings"
+	"syscall"
 )
 
 // Sentinels that survive the wire: errors.Is works on both sides.
@@ -13,7 +14,11 @@ var (
 	ErrBadRequest = errors.New("bad request")
 )
 
+// kinds are the errors that the other side can tell apart. The kernel's, that there is no room, is acted on by callers of
+// the CRI.
 var kinds = map[string]error{
+	"no-space":    syscall.ENOSPC,
+	"no-quota":    syscall.EDQUOT,
 	"not-found":   ErrNotFound,
 	"not-running": ErrNotRunning,
 	"exists":      ErrExists,

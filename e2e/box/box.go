@@ -28,6 +28,7 @@ type Host struct {
 	NoTun    bool              // there is no /dev/net/tun
 	NoUserns bool              // user.max_user_namespaces is 0
 	NoCgroup bool              // cgroup v2 may only be read, as in most containers
+	SmallTmp string            // /tmp is a tmpfs of its own, bounded by these options
 	Names    map[string]string // what the name server on 127.0.0.53 answers: full name, without the last dot → IPv4 address
 	Search   string            // search domain of /etc/resolv.conf
 

@@ -73,6 +73,9 @@ func shape(h Host, uid int) error {
 	if h.NoCgroup {
 		steps = append(steps, readOnlyCgroups)
 	}
+	if h.SmallTmp != "" {
+		steps = append(steps, func() error { return unix.Mount("tmpfs", "/tmp", "tmpfs", 0, "mode=1777,"+h.SmallTmp) })
+	}
 	for _, step := range steps {
 		if err := step(); err != nil {
 			return err
