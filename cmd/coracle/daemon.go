@@ -34,13 +34,17 @@ func daemonCommand(s *settings) *cobra.Command {
 	return &cobra.Command{
 		Use: "daemon", Short: "Serve the CRI inside the node (started by coracle-keeper)", Args: cobra.NoArgs, Hidden: true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			ready := newReadiness()
 			c, node, err := s.load(cmd.Flags())
 			if err != nil {
+				ready.tell(err)
 				return err
 			}
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM, syscall.SIGINT)
 			defer stop()
-			return runDaemon(ctx, c, node)
+			err = runDaemon(ctx, c, node, ready)
+			ready.tell(err)
+			return err
 		},
 	}
 }
@@ -58,7 +62,7 @@ func newLogger(c config) *slog.Logger {
 }
 
 // runDaemon wires the folders and serves until ctx ends. Pods go on without it.
-func runDaemon(ctx context.Context, c config, node rootless.Node) (err error) {
+func runDaemon(ctx context.Context, c config, node rootless.Node, ready *readiness) (err error) {
 	log := newLogger(c).With("node", node.Name)
 	record, err := node.ReadRecord()
 	if err != nil {
@@ -92,10 +96,10 @@ func runDaemon(ctx context.Context, c config, node rootless.Node) (err error) {
 	}
 	defer func() { err = errors.Join(err, service.Close()) }()
 	server := newServer(ctx, c.GRPC, service, images.NewService(store, slices.Collect(maps.Keys(c.Handlers))...), log)
-	return serve(ctx, node, server, &http.Server{Handler: adminHandler(store), ReadHeaderTimeout: 5 * time.Second}, log)
+	return serve(ctx, node, server, &http.Server{Handler: adminHandler(store), ReadHeaderTimeout: 5 * time.Second}, ready, log)
 }
 
-func serve(ctx context.Context, node rootless.Node, server *grpc.Server, adminServer *http.Server, log *slog.Logger) error {
+func serve(ctx context.Context, node rootless.Node, server *grpc.Server, adminServer *http.Server, ready *readiness, log *slog.Logger) error {
 	cri, err := listenCRI(node.Socket())
 	if err != nil {
 		return err
@@ -107,6 +111,7 @@ func serve(ctx context.Context, node rootless.Node, server *grpc.Server, adminSe
 	failed := make(chan error, 2)
 	go func() { failed <- server.Serve(cri) }()
 	go func() { failed <- adminServer.Serve(admin) }()
+	ready.tell(nil)
 	log.Info("serving", "endpoint", node.Endpoint(), "version", version, "pid", os.Getpid())
 	select {
 	case <-ctx.Done():
