@@ -87,6 +87,13 @@ type container struct {
 	memory   memoryEstimate
 }
 
+func (s *Service) newContainer(spec containerSpec, status containerStatus) *container {
+	dir := s.store.containerDir(spec.ID)
+	c := newContainer(spec, dir, status, s.told)
+	c.status.also = func(st containerStatus) error { return s.store.history.write(spec.ID, st) }
+	return c
+}
+
 func newContainer(spec containerSpec, dir string, status containerStatus,
 	tell func(*container, runtimeapi.ContainerEventType)) *container {
 	c := &container{
@@ -153,19 +160,21 @@ func (c *container) change(change func(*containerStatus)) error {
 // observe takes in what the keeper says. Facts arrive by events and by answers, in any order, and stamps are
 // never taken back: a late "running" does not wake the dead.
 func (c *container) observe(state ctr.State) error {
-	return c.change(func(st *containerStatus) {
-		st.OOMKilled = st.OOMKilled || state.OOMKilled
-		if st.StartedAt.IsZero() {
-			st.Pid, st.PidStart, st.StartedAt = state.Pid, state.PidStart, state.StartedAt
-		}
-		if !st.FinishedAt.IsZero() || !state.Exited() {
-			return
-		}
-		st.FinishedAt, st.ExitCode = state.FinishedAt, state.ExitCode
-		if state.Error != "" {
-			st.Failure, st.Message, st.ExitCode = reasonStartError, state.Error, startErrorCode
-		}
-	})
+	return c.change(func(st *containerStatus) { st.take(state) })
+}
+
+func (st *containerStatus) take(state ctr.State) {
+	st.OOMKilled = st.OOMKilled || state.OOMKilled
+	if st.StartedAt.IsZero() {
+		st.Pid, st.PidStart, st.StartedAt = state.Pid, state.PidStart, state.StartedAt
+	}
+	if !st.FinishedAt.IsZero() || !state.Exited() {
+		return
+	}
+	st.FinishedAt, st.ExitCode = state.FinishedAt, state.ExitCode
+	if state.Error != "" {
+		st.Failure, st.Message, st.ExitCode = reasonStartError, state.Error, startErrorCode
+	}
 }
 
 // startFailed is the end of a container whose program never ran.

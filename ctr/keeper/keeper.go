@@ -104,7 +104,7 @@ func Open(cfg Config) (*Keeper, error) {
 	return k, nil
 }
 
-func (k *Keeper) recordDir() string { return filepath.Join(k.cfg.RuntimeDir, "keeper") }
+func (k *Keeper) recordDir() string { return filepath.Join(k.cfg.RuntimeDir, wire.RecordDir) }
 func (k *Keeper) stateDir() string  { return filepath.Join(k.recordDir(), "lc") }
 
 func (k *Keeper) listen() error {
