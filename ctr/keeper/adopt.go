@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 
 	"github.com/opencontainers/runc/libcontainer"
 
@@ -142,13 +143,16 @@ func (c *container) adoptEngine(h *handedEngine) error {
 	k := c.keeper
 	if h.Runtime == nil {
 		e, err := loadInProcess(k.stateDir(), c.id)
-		if errors.Is(err, libcontainer.ErrNotExist) && c.state.Exited() {
-			return nil // what there was of it has been taken away
+		switch {
+		case err == nil:
+			c.engine = e
+		case errors.Is(err, libcontainer.ErrNotExist) && c.state.Exited(): // what there was of it has been taken away
+		default:
+			// No reason to go back: the keeper of before could not load it either.
+			k.log.Error("libcontainer's state of a container cannot be read: nothing more can be executed in it", "container", c.id,
+				"path", filepath.Join(k.stateDir(), c.id), "error", err)
+			c.engine = &unloaded{dir: filepath.Join(k.stateDir(), c.id), cgroup: h.Cgroup, why: err}
 		}
-		if err != nil {
-			return err
-		}
-		c.engine = e
 		return nil
 	}
 	p := k.programOf(c.id, *h.Runtime)

@@ -82,8 +82,11 @@ func (c *container) handed(number func(handle) int) *handedContainer {
 		h.Mounts = number(c.member.mounts)
 	}
 	switch e := c.engine.(type) {
+	case nil: // of an earlier keeper, or taken away
 	case *inProcess:
-		h.Engine = &handedEngine{}
+		h.Engine = &handedEngine{Cgroup: c.member.cgroup}
+	case *unloaded:
+		h.Engine = &handedEngine{Cgroup: e.cgroup}
 	case *program:
 		h.Engine = &handedEngine{Runtime: &e.runtime, Cgroup: e.cgroup}
 	}

@@ -60,6 +60,9 @@ func exitOn(err error) {
 	os.Exit(0)
 }
 
+// failOnce is a file in the directory of a keeper that makes the one that takes over fail.
+const failOnce = "fail-once"
+
 // runKeeper is a keeper in a pid and mount namespace of its own, as on a node: DIR [DAEMON…].
 func runKeeper(dir string) error {
 	if dir == "--"+keeper.CheckHandoverFlag {
@@ -68,6 +71,9 @@ func runKeeper(dir string) error {
 	handover, err := keeper.Received()
 	if err != nil {
 		return err
+	}
+	if handover != nil && os.Remove(filepath.Join(dir, failOnce)) == nil {
+		return handover.GoBack(errors.New("on purpose"))
 	}
 	if handover == nil {
 		if err := keeper.LeaveKeyring(); err != nil {

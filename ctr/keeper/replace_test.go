@@ -3,7 +3,6 @@ package keeper_test
 import (
 	"bufio"
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -12,8 +11,6 @@ import (
 	"syscall"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/coracle-cri/coracle/ctr"
 )
@@ -126,12 +123,8 @@ func TestAReplacedKeeperKeepsEverything(t *testing.T) {
 	if code := n.execCode("counts", "sh", "-c", "exit 6"); code != 6 {
 		t.Errorf("an exec by the new keeper: %d", code)
 	}
-	if err := n.Kill(ctx, "counts", syscall.SIGKILL, true); err != nil {
-		t.Fatal(err)
-	}
-	eventually(t, "its end is known", func() bool { return n.state("counts").Exited() })
-	gapless(t, n.lines("counts"))
-	for _, id := range []string{"counts", "waits", "tty", "created", "done"} {
+	n.endAndDelete("counts")
+	for _, id := range []string{"waits", "tty", "created", "done"} {
 		n.delete(id)
 	}
 	if left, _ := filepath.Glob(n.dir + "/keeper/*.json"); len(left) != 0 {
@@ -252,7 +245,7 @@ func TestAKeeperThatCannotTakeOver(t *testing.T) {
 	n.delete("c1")
 }
 
-// TestAKeeperThatFailsInTakingOverGoesBack breaks what a new keeper needs after it has said that it can take over.
+// TestAKeeperThatFailsInTakingOverGoesBack: this one says that it can take over, and cannot.
 func TestAKeeperThatFailsInTakingOverGoesBack(t *testing.T) {
 	n, kill := separateNode(t)
 	defer kill()
@@ -260,46 +253,53 @@ func TestAKeeperThatFailsInTakingOverGoesBack(t *testing.T) {
 	n.create("c1", sh("i=0; while :; do i=$((i+1)); echo $i; echo e$i >&2; done"))
 	n.start("c1")
 	n.create("c2", sh("exit 1"))
-	state := filepath.Join(n.dir, "keeper/lc/c2/state.json")
-	saved, err := os.ReadFile(state)
-	if err != nil {
-		t.Fatal(err)
-	}
-	// The keeper of before loads it as little as the new one could: so it is put back as soon as somebody has failed.
-	if err := os.Remove(state); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Mkfifo(state, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	answer := make(chan error, 1)
-	go func() { _, err := n.ReplaceKeeper(ctx, self(t)); answer <- err }()
-	fifo, err := os.OpenFile(state, os.O_WRONLY, 0) // waits for a reader: the new keeper, which has the state by now
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := errors.Join(os.Remove(state), os.WriteFile(state, saved, 0o600)); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := fifo.WriteString("{"); err != nil {
-		t.Fatal(err)
-	}
-	fifo.Close()
-	err = <-answer
-	if err == nil || !strings.Contains(err.Error(), "c2") || !strings.Contains(err.Error(), "the keeper of before goes on") {
+	release(t, filepath.Join(n.dir, failOnce))
+	if _, err := n.ReplaceKeeper(ctx, self(t)); err == nil || !strings.Contains(err.Error(), "on purpose") || !strings.Contains(err.Error(), "the keeper of before goes on") {
 		t.Errorf("the replacement ended with %v", err)
 	}
 	n.start("c2")
 	if s := n.exit("c2"); s.ExitCode != 1 {
 		t.Errorf("%+v", s)
 	}
-	if err := n.Kill(ctx, "c1", syscall.SIGKILL, true); err != nil {
+	n.replace()
+	n.endAndDelete("c1")
+	n.delete("c2")
+}
+
+// endAndDelete ends a container that counts.
+func (n *node) endAndDelete(id string) {
+	n.t.Helper()
+	if err := n.Kill(context.Background(), id, syscall.SIGKILL, true); err != nil {
+		n.t.Fatal(err)
+	}
+	eventually(n.t, "its end is known", func() bool { return n.state(id).Exited() })
+	gapless(n.t, n.lines(id))
+	n.delete(id)
+}
+
+// TestDamagedStateOfAContainerDoesNotStopTheReplacement: the container runs on, and says what cannot be done with it.
+func TestDamagedStateOfAContainerDoesNotStopTheReplacement(t *testing.T) {
+	n, kill := separateNode(t)
+	defer kill()
+	n.create("c1", sh("i=0; while :; do i=$((i+1)); echo $i; echo e$i >&2; done"))
+	n.start("c1")
+	state := filepath.Join(n.dir, "keeper/lc/c1/state.json")
+	if err := os.WriteFile(state, []byte("{"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "its end is known", func() bool { return n.state("c1").Exited() })
-	gapless(t, n.lines("c1"))
-	n.delete("c1")
-	n.delete("c2")
+	for range 2 {
+		n.replace()
+	}
+	if !n.state("c1").Running() {
+		t.Errorf("%+v", n.state("c1"))
+	}
+	if _, err := n.Exec(context.Background(), ctr.ExecRequest{ContainerID: "c1", Process: process("true")}); err == nil || !strings.Contains(err.Error(), "damaged") {
+		t.Errorf("exec: %v", err)
+	}
+	n.endAndDelete("c1")
+	if left, _ := filepath.Glob(n.dir + "/keeper/*/c1"); len(left) != 0 {
+		t.Errorf("left %v", left)
+	}
 }
 
 // TestTheDaemonIsExchanged swaps the daemon's program for another, and for some that are of no use.
