@@ -66,7 +66,9 @@ func runDaemon(ctx context.Context, c config, node rootless.Node, ready *readine
 	log := newLogger(c).With("node", node.Name)
 	record, err := node.ReadRecord()
 	if err != nil {
-		return err
+		// Only people read what it says.
+		log.Error("the node's record cannot be read", "err", err)
+		record.Driver, record.CgroupFound = c.Network.Driver, "unknown: "+err.Error()
 	}
 	tree, err := cgroupv2.Open("/sys/fs/cgroup")
 	if err != nil {

@@ -34,7 +34,7 @@ the new program does not come to serve, the one of before goes on, or is started
 			if err != nil {
 				return err
 			}
-			record, err := node.ReadRecord()
+			record, err := node.Find()
 			if errors.Is(err, fs.ErrNotExist) || err == nil && !record.Alive() {
 				return fmt.Errorf("node %s is not up; to start it, run: coracle up --detach%s", node.Name, nameFlag(node))
 			}

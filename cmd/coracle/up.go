@@ -191,6 +191,13 @@ func sweep(node rootless.Node) error {
 		err = nil
 	}
 	if err != nil {
+		slog.Warn("the cgroup of the node's earlier life is looked for where it would be now", "node", node.Name, "err", err)
+		var delegation cgroupv2.Delegation
+		if delegation, err = cgroupv2.Find(); err == nil && delegation.Path != "" {
+			err = cgroupv2.RemoveStale(delegation, node.CgroupName())
+		}
+	}
+	if err != nil {
 		slog.Warn("a dead node's cgroup may be left", "node", node.Name, "err", err)
 	}
 	return clearRuntime(node)
