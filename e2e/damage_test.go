@@ -114,7 +114,7 @@ func (d *damaged) moreIPs(pod string) (ips []string) {
 }
 
 // notState are files that are no state: content of images and of pods, logs, and what a container writes.
-var notState = regexp.MustCompile(`/(diff|merged|upper|work|fix|tmp|corrupt|ns|etc|shm|history)(/|$)|\.log(\.1)?$|\.unreadable(/|$)|\.pipe$`)
+var notState = regexp.MustCompile(`/(diff|merged|upper|work|fix|tmp|corrupt|ns|etc|shm|history)(/|$)|\.log(\.1)?$|\.unreadable(/|$)|\.pipe$|/rk/netns$`)
 
 // addressFile is that of an address that is not the victim's.
 var addressFile = regexp.MustCompile(`/ipam/([0-9.]+|[0-9a-f]+:[0-9a-f:]+)$`)
@@ -235,6 +235,7 @@ func (d *damaged) expectClean() {
 	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(100 * time.Millisecond) {
 		left = slices.DeleteFunc(d.inventory(), func(x string) bool {
 			return slices.Contains(d.before, x) || strings.Contains(x, "daemon") || strings.Contains(x, ".unreadable") || strings.Contains(x, "images/corrupt") ||
+				strings.Contains(x, "images/tmp/kept-") || // the control pod's
 				strings.Contains(x, "usleep") || strings.HasPrefix(x, "listening")
 		})
 		if len(left) == 0 {

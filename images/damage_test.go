@@ -59,6 +59,9 @@ func TestDamagedStore(t *testing.T) {
 				must(t, s.Reconcile(map[string]bool{"c2": true}))
 				must(t, s.UnmountRootfs("c2"))
 				must(t, s.Remove(ref))
+				if left, _ := filepath.Glob(s.path("tmp", keptPrefix+"*")); len(left) > 0 && damage.name != "newer" {
+					t.Errorf("kept for nobody: %v", left)
+				}
 				must(t, s.Close())
 				expectEmptied(t, cfg, damage.name == "newer")
 			})

@@ -242,6 +242,18 @@ func (x *index) collectFix(id string, remove func() error) error {
 	return remove()
 }
 
+// mountNeeds tells whether a mount has, or may have, the layer whose directory has that name.
+func (x *index) mountNeeds(dir string) bool {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	for _, m := range x.mounts {
+		if m.unknown || slices.ContainsFunc(m.Layers, func(d string) bool { return dirName(d) == dir }) {
+			return true
+		}
+	}
+	return false
+}
+
 // anyUnknownLocked tells whether there is a mount of which nobody knows what it needs.
 func (x *index) anyUnknownLocked() bool {
 	for _, m := range x.mounts {

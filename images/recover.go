@@ -25,6 +25,7 @@ func (s *Store) recover() (stale []string, err error) {
 	for _, e := range entries {
 		path := s.path("tmp", e.Name())
 		if name, kept := keptName(e.Name()); kept && (all || mounted[name]) {
+			s.hasKept.Store(true)
 			continue
 		}
 		// A daemon that was killed while it tried the drivers (mounter.probe) has left its mount: mounts belong to the
@@ -110,14 +111,39 @@ func keptName(name string) (layer string, kept bool) {
 }
 
 // putAside takes a layer out of the store without a change to its files, which are the lower part of some container's root:
-// overlayfs holds them by themselves, not by their path. The first Open without that container removes them.
+// overlayfs holds them by themselves, not by their path. They go with that container.
 func (s *Store) putAside(dir string, why error) error {
 	to := s.path("tmp", keptPrefix+filepath.Base(dir)+"."+rand.Text())
 	if err := os.Rename(dir, to); err != nil {
 		return fmt.Errorf("put layer aside: %w", err)
 	}
+	s.hasKept.Store(true)
 	s.log.Error("layer is not served any more; containers that have it keep it", "layer", filepath.Base(dir), "moved", to, "error", why)
 	return nil
+}
+
+// dropKept removes what was put aside for a container that is gone.
+func (s *Store) dropKept() error {
+	if !s.hasKept.Load() {
+		return nil
+	}
+	entries, err := os.ReadDir(s.path("tmp"))
+	if err != nil {
+		return fmt.Errorf("list layers that were put aside: %w", err)
+	}
+	left := false
+	for _, e := range entries {
+		name, kept := keptName(e.Name())
+		if kept && s.index.mountNeeds(name) {
+			left = true
+		} else if kept {
+			err = errors.Join(err, os.RemoveAll(s.path("tmp", e.Name())))
+		}
+	}
+	if !left {
+		s.hasKept.Store(false)
+	}
+	return err
 }
 
 // mountedLayers are the directories' names of the layers that root filesystems and volumes have, or all where one of

@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -31,6 +32,7 @@ type Store struct {
 	meter   *meter
 	life    lifetime
 	keep    func(layerDir string) bool // tells Open which layers a container has
+	hasKept atomic.Bool                // there are layers that were put aside, see putAside
 
 	writeMu sync.Mutex // held over every change of image records, on disk and in the index
 	index   *index
