@@ -41,6 +41,8 @@ HOSTILE := $(CACHE)/bin/hostile
 REPORT  := $(CACHE)/critest/report
 # RACE=1 runs critest on programs with Go's race detector: make critest RACE=1
 RACE    ?=
+# Programs of another version, for the tests that swap them in, and a keeper whose state is of another kind.
+NEXT    := $(CACHE)/next
 LINTER  := $(CACHE)/bin/golangci-lint-2.15.0
 VULN    := $(CACHE)/bin/govulncheck-1.9.0
 LDFLAGS := -X main.version=$(VERSION)
@@ -51,7 +53,7 @@ export GOFLAGS  := -buildvcs=false
 MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
-.PHONY: help build build-race install demo demo-here test test-here test-unit lint vuln race race-here e2e e2e-vm e2e-vm-here e2e-vm-ci critest-vm critest-vm-here critest critest-here fuzz fuzz-here \
+.PHONY: help build build-next build-race install demo demo-here test test-here test-unit lint vuln race race-here e2e e2e-vm e2e-vm-here e2e-vm-ci critest-vm critest-vm-here critest critest-here fuzz fuzz-here \
 	bench bench-here fmt clean
 
 help: ## list the targets
@@ -105,8 +107,17 @@ race-here: build-race $(CRICTL) $(HOSTILE)
 	@CORACLE_E2E=$(CURDIR)/$(CACHE)/race CORACLE_E2E_CRICTL=$(CURDIR)/$(CRICTL) CORACLE_E2E_HOSTILE=$(CURDIR)/$(HOSTILE) \
 		CGO_ENABLED=1 $(GO) test -race -v -count=1 -timeout 60m -run '$(RUN)' ./e2e
 
-e2e: build $(CRICTL) $(HOSTILE) ## end-to-end tests, as the calling user (not root); RUN=TestName for some
-	@CORACLE_E2E=$(CURDIR)/bin CORACLE_E2E_CRICTL=$(CURDIR)/$(CRICTL) CORACLE_E2E_HOSTILE=$(CURDIR)/$(HOSTILE) $(GO) test -v -count=1 -timeout 60m -run '$(RUN)' ./e2e
+build-next: build
+	@mkdir -p $(NEXT)/alien
+	@$(GO) build -trimpath -tags "$(LEAN)" -ldflags "-X main.version=$(VERSION)-next" -o $(NEXT)/coracle ./cmd/coracle
+	@CGO_ENABLED=1 $(GO) build -trimpath -tags "$(KEEPER)" -ldflags "-X main.version=$(VERSION)-next" -o $(NEXT)/coracle-keeper ./cmd/coracle-keeper
+	@CGO_ENABLED=1 $(GO) build -trimpath -tags "$(KEEPER)" -o $(NEXT)/alien/coracle-keeper \
+		-ldflags "-X main.version=$(VERSION)-alien -X github.com/coracle-cri/coracle/ctr/keeper.handoverFormat=1000" ./cmd/coracle-keeper
+	@ln -f $(NEXT)/coracle $(NEXT)/alien/coracle
+
+e2e: build-next $(CRICTL) $(HOSTILE) ## end-to-end tests, as the calling user (not root); RUN=TestName for some
+	@CORACLE_E2E=$(CURDIR)/bin CORACLE_E2E_CRICTL=$(CURDIR)/$(CRICTL) CORACLE_E2E_HOSTILE=$(CURDIR)/$(HOSTILE) CORACLE_E2E_NEXT=$(CURDIR)/$(NEXT) \
+		$(GO) test -v -count=1 -timeout 60m -run '$(RUN)' ./e2e
 
 e2e-vm: ## the tests of limits and delegation in a VM that has all of cgroup v2, in each of its modes; MODES="full memory"
 	@scripts/setup.sh --vm

@@ -40,6 +40,12 @@ const (
 	EventOOM  = wire.EventOOM
 )
 
+// What a daemon tells the keeper once it has started.
+const (
+	ReadyEnv     = wire.ReadyEnv
+	ReadyServing = wire.ReadyServing
+)
+
 // Client calls the keeper. It holds no connection and no state: each call dials for itself. All methods may run
 // at once; each returns when its context ends, with the context's error.
 type Client struct {
@@ -129,6 +135,26 @@ func (c *Client) Info(ctx context.Context) (Info, error) {
 func (c *Client) Shutdown(ctx context.Context) error {
 	_, err := c.call(ctx, wire.Request{Op: wire.OpShutdown})
 	return err
+}
+
+// RestartDaemon ends the daemon and starts program, an absolute path, in its place. It returns when that serves. On an
+// error the daemon of before goes on, or has been started again.
+func (c *Client) RestartDaemon(ctx context.Context, program string) error {
+	_, err := c.call(ctx, wire.Request{Op: wire.OpRestart, Program: program})
+	return err
+}
+
+// ReplaceKeeper makes the keeper execute program, an absolute path, in its own place; containers, execs and the daemon go
+// on, attachments end with an error. The answer is the new keeper's. On an error the keeper of before goes on.
+func (c *Client) ReplaceKeeper(ctx context.Context, program string) (Info, error) {
+	reply, err := c.call(ctx, wire.Request{Op: wire.OpReplace, Program: program})
+	if err != nil {
+		return Info{}, err
+	}
+	if reply.Info == nil {
+		return Info{}, errNoAnswer
+	}
+	return *reply.Info, nil
 }
 
 // Events calls fn with every event after the sequence since, first those that have been, then those that come. It

@@ -72,7 +72,7 @@ func expectUsableAgain(t *testing.T, h *home, image string) {
 		t.Errorf("containers of the node's earlier life run: %s", out)
 	}
 	n.crictl("rmp", "--all", "--force")
-	for _, l := range glob(t, n.dataDir(), "pods/*", "containers/*", "images/rootfs/*") {
+	for _, l := range glob(t, n.dataDir(), "pods/*", "containers/*", "history/*", "images/rootfs/*") {
 		t.Errorf("left behind by rmp: %s", l)
 	}
 	pod, file := n.runPod("a", nil)

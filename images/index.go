@@ -197,6 +197,9 @@ func (x *index) mountKeys(kind string) []string {
 func (x *index) collect(remove func(diffID string) error) error {
 	x.mu.Lock()
 	defer x.mu.Unlock()
+	if x.anyUnknownLocked() {
+		return nil // until that container is gone
+	}
 	used := map[string]bool{}
 	for d := range x.pins {
 		used[d] = true
@@ -228,7 +231,7 @@ func (x *index) collect(remove func(diffID string) error) error {
 func (x *index) collectFix(id string, remove func() error) error {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	if r := x.images[id]; r != nil && r.Fix || x.pins[fixPin(id)] > 0 {
+	if r := x.images[id]; r != nil && r.Fix || x.pins[fixPin(id)] > 0 || x.anyUnknownLocked() {
 		return nil
 	}
 	for _, m := range x.mounts {
@@ -237,6 +240,28 @@ func (x *index) collectFix(id string, remove func() error) error {
 		}
 	}
 	return remove()
+}
+
+// mountNeeds tells whether a mount has, or may have, the layer whose directory has that name.
+func (x *index) mountNeeds(dir string) bool {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	for _, m := range x.mounts {
+		if m.unknown || slices.ContainsFunc(m.Layers, func(d string) bool { return dirName(d) == dir }) {
+			return true
+		}
+	}
+	return false
+}
+
+// anyUnknownLocked tells whether there is a mount of which nobody knows what it needs.
+func (x *index) anyUnknownLocked() bool {
+	for _, m := range x.mounts {
+		if m.unknown {
+			return true
+		}
+	}
+	return false
 }
 
 // fixPin is the pin that keeps an image's fix directory.

@@ -89,7 +89,13 @@ func (s *Store) addLayerFrom(ctx context.Context, want layerWant, open openBlob)
 	placed := false
 	err = s.index.addLayer(rec, func() error {
 		placed = true
-		return os.Rename(dir, s.layerDir(want.DiffID))
+		to := s.layerDir(want.DiffID)
+		if _, err := os.Lstat(to); err == nil { // a later version's, which Open has left there
+			if err := s.putAside(to, errNewer); err != nil {
+				return err
+			}
+		}
+		return os.Rename(dir, to)
 	})
 	if err != nil {
 		return u.run(fmt.Errorf("add layer: %w", err))

@@ -109,6 +109,8 @@ type rootfsRecord struct {
 	Layers  []string `json:"layers"`
 	Fix     bool     `json:"fix"`
 	Driver  string   `json:"driver"`
+
+	unknown bool // it could not be read: it may need anything
 }
 
 func (r *layerRecord) version() int  { return r.Version }

@@ -23,8 +23,13 @@ func (s *Store) recover() (stale []string, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("open image store: %w", err)
 	}
+	mounted, all := s.mountedLayers()
 	for _, e := range entries {
 		path := s.path("tmp", e.Name())
+		if name, kept := keptName(e.Name()); kept && (all || mounted[name]) {
+			s.hasKept.Store(true)
+			continue
+		}
 		// A daemon that was killed while it tried the drivers (mounter.probe) has left its mount: mounts belong to the
 		// namespace, not to the process.
 		if strings.HasPrefix(e.Name(), "probe-") {
@@ -34,6 +39,7 @@ func (s *Store) recover() (stale []string, err error) {
 		}
 		stale = append(stale, path)
 	}
+	s.keep = func(name string) bool { return all || mounted[name] }
 	newer := false
 	for _, step := range []func(*bool) ([]string, error){s.loadLayers, s.loadImages, s.loadMounts} {
 		paths, err := step(&newer)
@@ -99,6 +105,73 @@ func (s *Store) setAside(path string, why error) {
 	s.log.Error("corrupt record set aside", "path", path, "moved", to, "error", why)
 }
 
+// keptPrefix begins the name, in tmp, of a layer that cannot be served any more and that a container still sees.
+const keptPrefix = "kept-"
+
+func keptName(name string) (layer string, kept bool) {
+	rest, kept := strings.CutPrefix(name, keptPrefix)
+	layer, _, _ = strings.Cut(rest, ".")
+	return layer, kept
+}
+
+// putAside takes a layer out of the store without a change to its files, which are the lower part of some container's root:
+// overlayfs holds them by themselves, not by their path. They go with that container.
+func (s *Store) putAside(dir string, why error) error {
+	to := s.path("tmp", keptPrefix+filepath.Base(dir)+"."+rand.Text())
+	if err := os.Rename(dir, to); err != nil {
+		return fmt.Errorf("put layer aside: %w", err)
+	}
+	s.hasKept.Store(true)
+	s.log.Error("layer is not served any more; containers that have it keep it", "layer", filepath.Base(dir), "moved", to, "error", why)
+	return nil
+}
+
+// dropKept removes what was put aside for a container that is gone.
+func (s *Store) dropKept() error {
+	if !s.hasKept.Load() {
+		return nil
+	}
+	entries, err := os.ReadDir(s.path("tmp"))
+	if err != nil {
+		return fmt.Errorf("list layers that were put aside: %w", err)
+	}
+	left := false
+	for _, e := range entries {
+		name, kept := keptName(e.Name())
+		if kept && s.index.mountNeeds(name) {
+			left = true
+		} else if kept {
+			err = errors.Join(err, os.RemoveAll(s.path("tmp", e.Name())))
+		}
+	}
+	if !left {
+		s.hasKept.Store(false)
+	}
+	return err
+}
+
+// mountedLayers are the directories' names of the layers that root filesystems and volumes have, or all where one of
+// those does not tell.
+func (s *Store) mountedLayers() (names map[string]bool, all bool) {
+	names = map[string]bool{}
+	for _, kind := range []string{kindRootfs, kindVolume} {
+		entries, err := os.ReadDir(s.path(kind))
+		if err != nil {
+			return nil, true
+		}
+		for _, e := range entries {
+			r := &rootfsRecord{}
+			if readRecord(s.path(kind, e.Name(), "rootfs.json"), r) != nil {
+				return nil, true
+			}
+			for _, d := range r.Layers {
+				names[dirName(d)] = true
+			}
+		}
+	}
+	return names, false
+}
+
 func (s *Store) loadLayers(newer *bool) (stale []string, err error) {
 	entries, err := os.ReadDir(s.path("layers"))
 	if err != nil {
@@ -119,6 +192,12 @@ func (s *Store) loadLayers(newer *bool) (stale []string, err error) {
 			err = fmt.Errorf("layer %s was not yet on disk when the machine went down", r.DiffID)
 		}
 		if err != nil {
+			if s.keep(e.Name()) {
+				if err := s.putAside(dir, err); err != nil {
+					return nil, err
+				}
+				continue
+			}
 			s.log.Warn("layer dropped", "layer", e.Name(), "error", err)
 			trash, err := s.trash(dir)
 			if err != nil {
@@ -140,7 +219,7 @@ func (s *Store) loadImages(newer *bool) (stale []string, err error) {
 	for _, e := range entries {
 		path := s.path("images", e.Name())
 		if !strings.HasSuffix(e.Name(), ".json") { // a record that was being written
-			if err := os.Remove(path); err != nil {
+			if err := os.RemoveAll(path); err != nil {
 				return nil, err
 			}
 			continue
@@ -224,15 +303,13 @@ func (s *Store) loadMounts(newer *bool) (stale []string, err error) {
 			dir := s.path(kind, e.Name())
 			r := &rootfsRecord{}
 			err := readRecord(filepath.Join(dir, "rootfs.json"), r)
-			if errors.Is(err, errNewer) {
-				*newer = true
-				continue
-			}
 			if err != nil {
-				s.setAside(filepath.Join(dir, "rootfs.json"), err)
-				// What the record said cannot be known: its layers must stay until the owner is gone.
+				if !errors.Is(err, errNewer) {
+					s.setAside(filepath.Join(dir, "rootfs.json"), err)
+				}
+				// What the record says cannot be known: its layers must stay until the owner is gone.
 				*newer = true
-				r = &rootfsRecord{Version: recordVersion}
+				r = &rootfsRecord{Version: recordVersion, unknown: true}
 			}
 			s.index.mounts[kind+"/"+e.Name()] = r
 			if r.Driver != driverCopy && !isMountPoint(filepath.Join(dir, "merged")) {

@@ -187,6 +187,9 @@ func (s *Store) unmountImage(kind, id string) error {
 	if kind == kindRootfs {
 		s.meter.forget(id)
 	}
+	if err := s.dropKept(); err != nil {
+		return err
+	}
 	if rec != nil && s.index.image(rec.Image) == nil {
 		return s.collect()
 	}

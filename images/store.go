@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -32,6 +33,8 @@ type Store struct {
 	fetch   fetching
 	meter   *meter
 	life    lifetime
+	keep    func(layerDir string) bool // tells Open which layers a container has
+	hasKept atomic.Bool                // there are layers that were put aside, see putAside
 
 	writeMu sync.Mutex // held over every change of image records, on disk and in the index
 	index   *index
@@ -115,7 +118,7 @@ func makeRoot(root string) (string, error) {
 		return "", fmt.Errorf("open image store: %w", err)
 	}
 	for _, d := range storeDirs {
-		if err := os.MkdirAll(filepath.Join(abs, d), 0o700); err != nil {
+		if err := makeStoreDir(filepath.Join(abs, d)); err != nil {
 			return "", fmt.Errorf("open image store: %w", err)
 		}
 	}
@@ -131,7 +134,25 @@ func makeRoot(root string) (string, error) {
 	return resolved, nil
 }
 
+// makeStoreDir makes way for a directory where something else is in its place.
+func makeStoreDir(dir string) error {
+	if info, err := os.Lstat(dir); err == nil && !info.IsDir() && info.Mode()&os.ModeSymlink == 0 {
+		if err := os.Rename(dir, dir+".unreadable"); err != nil {
+			return err
+		}
+		slog.Error("set aside: it is no directory", "path", dir+".unreadable")
+	}
+	return os.MkdirAll(dir, 0o700)
+}
+
 func lockFile(path string) (*os.File, error) {
+	if info, err := os.Lstat(path); err == nil && !info.Mode().IsRegular() {
+		// Nobody has locked it: what is locked is a file.
+		if err := errors.Join(os.RemoveAll(path+".unreadable"), os.Rename(path, path+".unreadable")); err != nil {
+			return nil, fmt.Errorf("open image store: %w", err)
+		}
+		slog.Error("set aside: it is no file", "path", path+".unreadable")
+	}
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("open image store: %w", err)

@@ -154,35 +154,54 @@ func (n *Network) savedPodCIDR() string {
 		setAside(n.cfg.cidrFile(), err, n.cfg.Log)
 		return n.cfg.PodCIDR
 	}
+	if _, err := parsePodCIDR(saved.Current); err != nil || saved.Version != cidrVersion {
+		setAside(n.cfg.cidrFile(), errors.Join(fmt.Errorf("version %d", saved.Version), err), n.cfg.Log)
+		return n.cfg.PodCIDR
+	}
 	unchanged := saved.Configured == n.cfg.PodCIDR || saved.Configured == formerPodCIDR && n.cfg.PodCIDR == DefaultPodCIDR
-	if saved.Version != cidrVersion || !unchanged {
+	if !unchanged {
 		return n.cfg.PodCIDR
 	}
 	return saved.Current
 }
 
-// openPools finds the pod CIDR in force and those of older pods, and reserves what the records say.
-func (n *Network) openPools() error {
+// openPools finds the pod CIDR in force and those of older pods, and reserves what the records say. A record whose
+// addresses cannot be, or are another pod's, is set aside too; lost are the pods of those.
+func (n *Network) openPools() (lost []string, err error) {
 	current, err := n.usablePodCIDR(n.savedPodCIDR())
+	if err != nil {
+		return nil, err
+	}
+	if n.pools.current, err = newPools(current, n.ledger); err != nil {
+		return nil, err
+	}
+	for id, r := range n.pods {
+		if err := n.openPool(r); err != nil {
+			setAside(n.records.path(id), err, n.cfg.Log)
+			delete(n.pods, id)
+			lost = append(lost, id)
+		}
+	}
+	return lost, nil
+}
+
+// openPool makes a pool of each network that the pod's addresses are of, and reserves those.
+func (n *Network) openPool(r *record) error {
+	var former []netip.Prefix
+	for _, a := range r.Addresses {
+		if p := a.Masked(); !slices.Contains(n.pools.prefixes(), p) && !slices.Contains(former, p) {
+			former = append(former, p)
+		}
+	}
+	more, err := newPools(former, n.ledger)
 	if err != nil {
 		return err
 	}
-	var former []netip.Prefix
-	for _, r := range n.pods {
-		if err := n.ledger.ensure(r); err != nil {
-			return err
-		}
-		for _, a := range r.Addresses {
-			if p := a.Masked(); !slices.Contains(current, p) && !slices.Contains(former, p) {
-				former = append(former, p)
-			}
-		}
-	}
-	if n.pools.current, err = newPools(current, n.ledger); err != nil {
+	if err := n.ledger.ensure(r, func(id string) bool { return n.pods[id] != nil }); err != nil {
 		return err
 	}
-	n.pools.former, err = newPools(former, n.ledger)
-	return err
+	n.pools.former = append(n.pools.former, more...)
+	return nil
 }
 
 // SetPodCIDR makes new pods take their addresses from cidr, also after a restart: one network, or one of each version

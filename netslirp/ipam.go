@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -87,48 +88,59 @@ type ledger struct {
 
 var _ backend.Store = (*ledger)(nil)
 
-// openLedger reads the store, and sweeps an address whose owner a crash kept from being written.
-func openLedger(dataDir string) (*ledger, error) {
+// openLedger reads the store, sweeps an address whose owner a crash kept from being written, and sets aside what is no
+// file or names nobody.
+func openLedger(dataDir string, log *slog.Logger) (*ledger, error) {
 	const network = "ipam"
-	// The library would make them for others to read.
-	if err := os.MkdirAll(filepath.Join(dataDir, network), 0o700); err != nil {
-		return nil, fmt.Errorf("make address store: %w", err)
+	l := &ledger{dir: filepath.Join(dataDir, network), held: map[string][]net.IP{}}
+	if err := makeDir(l.dir, log); err != nil {
+		return nil, err
 	}
-	if lock, err := os.OpenFile(filepath.Join(dataDir, network, "lock"), os.O_CREATE|os.O_RDWR, 0o600); err != nil {
+	if err := l.load(log); err != nil {
+		return nil, err
+	}
+	// The library would make it for others to read.
+	if lock, err := os.OpenFile(filepath.Join(l.dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600); err != nil {
 		return nil, fmt.Errorf("make lock of address store: %w", err)
 	} else if err := lock.Close(); err != nil {
 		return nil, fmt.Errorf("make lock of address store: %w", err)
 	}
-	store, err := disk.New(network, dataDir)
-	if err != nil {
+	var err error
+	if l.disk, err = disk.New(network, dataDir); err != nil {
 		return nil, fmt.Errorf("open address store: %w", err)
-	}
-	l := &ledger{disk: store, dir: filepath.Join(dataDir, network), held: map[string][]net.IP{}}
-	if err := l.load(); err != nil {
-		return nil, errors.Join(err, store.Close())
 	}
 	return l, nil
 }
 
-func (l *ledger) load() error {
+func (l *ledger) load(log *slog.Logger) error {
 	entries, err := os.ReadDir(l.dir)
 	if err != nil {
 		return fmt.Errorf("read address store: %w", err)
 	}
 	for _, e := range entries {
+		path := filepath.Join(l.dir, e.Name())
+		if !e.Type().IsRegular() && !strings.HasSuffix(e.Name(), unreadable) {
+			setAside(path, errors.New("it is no file"), log)
+			continue
+		}
 		ip := net.ParseIP(e.Name())
 		if ip == nil {
 			continue // the lock, and the last address of each range
 		}
-		raw, err := os.ReadFile(filepath.Join(l.dir, e.Name()))
+		raw, err := os.ReadFile(path)
 		if err != nil {
-			return fmt.Errorf("read address store: %w", err)
+			setAside(path, err, log)
+			continue
 		}
 		owner, _, _ := strings.Cut(strings.TrimSpace(string(raw)), disk.LineBreak)
 		if owner == "" {
-			if err := os.Remove(filepath.Join(l.dir, e.Name())); err != nil {
+			if err := os.Remove(path); err != nil {
 				return fmt.Errorf("sweep address store: %w", err)
 			}
+			continue
+		}
+		if !podIDForm.MatchString(owner) {
+			setAside(path, fmt.Errorf("%.40q is no pod", owner), log)
 			continue
 		}
 		l.held[owner] = append(l.held[owner], ip)
@@ -210,8 +222,9 @@ func (l *ledger) drop(podID string, addr netip.Addr) (err error) {
 	return l.dropLocked(podID, net.IP(addr.AsSlice()))
 }
 
-// ensure reserves what a record says its pod has, where the store lost it: an address must never be given twice.
-func (l *ledger) ensure(r *record) (err error) {
+// ensure reserves what a record says its pod has, where the store lost it, or says that somebody has it of whom nothing
+// else is known: an address must never be given twice.
+func (l *ledger) ensure(r *record, known func(podID string) bool) (err error) {
 	if err := l.Lock(); err != nil {
 		return errors.Join(fmt.Errorf("lock address store: %w", err), l.Unlock())
 	}
@@ -221,6 +234,13 @@ func (l *ledger) ensure(r *record) (err error) {
 		ip := net.IP(addr.AsSlice())
 		if slices.ContainsFunc(l.held[r.PodID], ip.Equal) {
 			continue
+		}
+		for owner, ips := range l.held {
+			if slices.ContainsFunc(ips, ip.Equal) && !known(owner) {
+				if err := l.dropLocked(owner, ip); err != nil {
+					return err
+				}
+			}
 		}
 		ok, err := l.Reserve(r.PodID, podInterface, ip, "0")
 		if err != nil {

@@ -80,10 +80,13 @@ func Open(cfg Config) (_ *Network, err error) {
 			err = fmt.Errorf("open pod network: %w", errors.Join(err, n.release()))
 		}
 	}()
-	if err := os.MkdirAll(string(n.records), 0o700); err != nil {
+	if err := makeDir(string(n.records), cfg.Log); err != nil {
 		return nil, err
 	}
-	if n.ledger, err = openLedger(cfg.Dir); err != nil {
+	if err := os.RemoveAll(cfg.cidrFile() + tempSuffix); err != nil {
+		return nil, err
+	}
+	if n.ledger, err = openLedger(cfg.Dir, cfg.Log); err != nil {
 		return nil, err
 	}
 	var lost []string
@@ -93,9 +96,11 @@ func Open(cfg Config) (_ *Network, err error) {
 	if n.node, err = openNode(cfg.NetNS, cfg.MTU); err != nil {
 		return nil, err
 	}
-	if err := n.openPools(); err != nil {
+	more, err := n.openPools()
+	if err != nil {
 		return nil, err
 	}
+	lost = append(lost, more...)
 	if err := n.node.layBridge(cfg.Bridge, cfg.MTU, hardwareAddr(n.pools.current[0].gateway)); err != nil {
 		return nil, err
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -215,7 +216,7 @@ func TestRestartKeepsPodsAndReconcileGivesBackTheRest(t *testing.T) {
 
 	// What a crash may leave behind besides: an address without record, one without owner, half a record, a
 	// link without record, a port that leads nowhere.
-	ledger, err := openLedger(l.cfg.Dir)
+	ledger, err := openLedger(l.cfg.Dir, slog.Default())
 	must(t, err)
 	prefixes, err := parsePodCIDR(DefaultPodCIDR)
 	must(t, err)

@@ -139,7 +139,7 @@ func (d recordDir) load(log *slog.Logger) (records map[string]*record, lost []st
 	for _, e := range entries {
 		path := filepath.Join(string(d), e.Name())
 		if strings.HasSuffix(e.Name(), tempSuffix) {
-			if err := os.Remove(path); err != nil {
+			if err := os.RemoveAll(path); err != nil {
 				return nil, nil, fmt.Errorf("sweep network record: %w", err)
 			}
 			continue
@@ -163,12 +163,24 @@ func (d recordDir) load(log *slog.Logger) (records map[string]*record, lost []st
 	return records, lost, nil
 }
 
-// setAside renames a file that cannot be read, for people to look at.
+// setAside renames a file that cannot be read, for people to look at. An older one of the name goes.
 func setAside(path string, cause error, log *slog.Logger) {
-	if err := os.Rename(path, path+unreadable); err != nil {
+	err := os.RemoveAll(path + unreadable)
+	if err = errors.Join(err, os.Rename(path, path+unreadable)); err != nil {
 		cause = errors.Join(cause, err)
 	}
 	log.Error("network state set aside: it cannot be read", "path", path+unreadable, "cause", cause)
+}
+
+// makeDir makes a directory of state, and sets aside what is in its place and is none.
+func makeDir(dir string, log *slog.Logger) error {
+	if info, err := os.Lstat(dir); err == nil && !info.IsDir() {
+		setAside(dir, errors.New("it is no directory"), log)
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("make directory of network state: %w", err)
+	}
+	return nil
 }
 
 func readJSON(path string, v any) error {

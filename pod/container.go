@@ -90,6 +90,13 @@ type container struct {
 	memory   memoryEstimate
 }
 
+func (s *Service) newContainer(spec containerSpec, status containerStatus) *container {
+	dir := s.store.containerDir(spec.ID)
+	c := newContainer(spec, dir, status, s.told)
+	c.status.also = func(st containerStatus) error { return s.store.history.write(spec.ID, st) }
+	return c
+}
+
 func newContainer(spec containerSpec, dir string, status containerStatus,
 	tell func(*container, runtimeapi.ContainerEventType)) *container {
 	c := &container{
@@ -161,19 +168,21 @@ func (c *container) observe(state ctr.State) error {
 	if state.StartedAt.IsZero() && state.Error == "" {
 		return nil
 	}
-	return c.change(func(st *containerStatus) {
-		st.OOMKilled = st.OOMKilled || state.OOMKilled
-		if st.StartedAt.IsZero() {
-			st.Pid, st.PidStart, st.StartedAt = state.Pid, state.PidStart, state.StartedAt
-		}
-		if !st.FinishedAt.IsZero() || !state.Exited() {
-			return
-		}
-		st.FinishedAt, st.ExitCode = state.FinishedAt, state.ExitCode
-		if state.Error != "" {
-			st.Failure, st.Message, st.ExitCode = reasonStartError, state.Error, startErrorCode
-		}
-	})
+	return c.change(func(st *containerStatus) { st.take(state) })
+}
+
+func (st *containerStatus) take(state ctr.State) {
+	st.OOMKilled = st.OOMKilled || state.OOMKilled
+	if st.StartedAt.IsZero() {
+		st.Pid, st.PidStart, st.StartedAt = state.Pid, state.PidStart, state.StartedAt
+	}
+	if !st.FinishedAt.IsZero() || !state.Exited() {
+		return
+	}
+	st.FinishedAt, st.ExitCode = state.FinishedAt, state.ExitCode
+	if state.Error != "" {
+		st.Failure, st.Message, st.ExitCode = reasonStartError, state.Error, startErrorCode
+	}
 }
 
 // startFailed is the end of a container whose program never ran.

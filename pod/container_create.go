@@ -94,7 +94,7 @@ func (s *Service) makeContainer(ctx context.Context, p *pod, id string, config *
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("the caller is gone: %w", err) // and would never learn the id
 	}
-	c := newContainer(spec, dir, containerStatus{}, s.told)
+	c := s.newContainer(spec, containerStatus{})
 	if err := c.status.save(); err != nil {
 		return err
 	}

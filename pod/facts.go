@@ -105,6 +105,9 @@ func (s *Service) settlePod(p *pod, facts keeperFacts) {
 		pause, known := facts.states[p.spec.ID]
 		alive = known && pause.Running()
 	}
+	if pause, known := facts.states[p.spec.ID]; known && st.PausePid == 0 { // the pod's status was lost
+		s.recorded(p.spec.ID, p.status.fact(func(st *podStatus) { st.PausePid = pause.Pid }))
+	}
 	for _, k := range p.ownNamespaces().kinds {
 		alive = alive && pinned(k.pin)
 	}

@@ -240,6 +240,9 @@ func (h *harness) checkNothingLeft() {
 			}
 		}
 	}
+	if left, _ := filepath.Glob(h.store.history.path("*")); len(left) > 0 {
+		h.t.Errorf("left of the history: %v", left)
+	}
 	mounts, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
 		h.t.Error(err)

@@ -1,12 +1,16 @@
 package pod
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -103,6 +107,32 @@ func (p *pod) writeLateSysctls() error {
 		}
 		return writeSysctls(late)
 	})
+}
+
+// podAddresses are those of the interface that a pod's network namespace has beside loopback, IPv4 first.
+func podAddresses(netNS string) (ips []string, err error) {
+	err = onOwnThread(func() error {
+		fd, err := unix.Open(netNS, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return fmt.Errorf("open network namespace: %w", err)
+		}
+		defer unix.Close(fd)
+		if err := unix.Setns(fd, unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("enter network namespace: %w", err)
+		}
+		addrs, err := net.InterfaceAddrs()
+		if err != nil {
+			return fmt.Errorf("list addresses: %w", err)
+		}
+		for _, a := range addrs {
+			if n, ok := a.(*net.IPNet); ok && n.IP.IsGlobalUnicast() {
+				ips = append(ips, n.IP.String())
+			}
+		}
+		return nil
+	})
+	slices.SortStableFunc(ips, func(a, b string) int { return cmp.Compare(strings.Count(a, ":"), strings.Count(b, ":")) })
+	return ips, err
 }
 
 // pinPID pins the pid namespace of a process. The start time is compared after the bind: a pid alone might

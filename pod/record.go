@@ -1,6 +1,7 @@
 package pod
 
 import (
+	"errors"
 	"reflect"
 	"sync"
 	"sync/atomic"
@@ -11,6 +12,7 @@ type record[T any] struct {
 	mu   sync.Mutex // one transition at a time
 	cur  atomic.Pointer[T]
 	path string
+	also func(T) error // another place where a change is written; nil for none
 }
 
 func newRecord[T any](path string, first T) *record[T] {
@@ -59,5 +61,9 @@ func (r *record[T]) write(change func(*T)) (T, error) {
 	if reflect.DeepEqual(next, *r.cur.Load()) {
 		return next, nil // a fact that came twice
 	}
-	return next, saveStatus(r.path, next)
+	err := saveStatus(r.path, next)
+	if r.also != nil {
+		err = errors.Join(err, r.also(next))
+	}
+	return next, err
 }

@@ -17,36 +17,42 @@ func (s *Service) recoverAll(ctx context.Context) (seq uint64, err error) {
 	if err != nil {
 		return 0, fmt.Errorf("ask the keeper: %w", err)
 	}
-	if err := s.loadPods(ctx); err != nil {
+	if err := s.loadPods(ctx, info.BootID); err != nil {
 		return 0, err
 	}
-	if err := s.loadContainers(ctx); err != nil {
+	unknown, err := s.loadContainers(ctx)
+	if err != nil {
 		return 0, err
 	}
 	if seq, err = s.adopt(ctx); err != nil {
 		return 0, fmt.Errorf("take over containers: %w", err)
 	}
+	for _, c := range unknown {
+		if st := c.status.snapshot(); st.StartedAt.IsZero() && st.FinishedAt.IsZero() { // the keeper does not know it either
+			s.recorded(c.spec.ID, c.lost("its status was lost with the node's runtime directory"))
+		}
+	}
 	s.sweep(ctx, info.BootID)
 	return seq, nil
 }
 
-func (s *Service) loadPods(ctx context.Context) error {
+func (s *Service) loadPods(ctx context.Context, boot string) error {
 	specs, err := loadAll[podSpec](s.store, filepath.Join(s.store.data, "pods"))
 	if err != nil {
 		return err
 	}
 	for id, spec := range specs {
 		dir := s.store.podDir(id)
-		if err := os.MkdirAll(dir, 0o711); err != nil {
-			return fmt.Errorf("make pod directory: %w", err)
+		_, statErr := os.Lstat(dir)
+		if err := s.store.makeDir(dir); err != nil {
+			return err
 		}
-		status, known := loadStatus[podStatus](s.store, dir)
-		if !known {
-			// The runtime directory went with the machine's boot, or with the user's last session. The pod was
-			// ready before: a spec whose making was cut off has a status, or none of its parts.
-			status = podStatus{ReadyAt: spec.CreatedAt, StoppedAt: time.Now()}
-		}
+		status, known := loadStatus[podStatus](s.store, statusPath(dir))
 		p := newPod(spec, dir, status)
+		if !known {
+			status = s.podFacts(p, boot, statErr == nil)
+			p = newPod(spec, dir, status)
+		}
 		p.announced.Store(true) // by the daemon before
 		p.stopTold.Store(!status.StoppedAt.IsZero())
 		if !known {
@@ -59,6 +65,32 @@ func (s *Service) loadPods(ctx context.Context) error {
 		s.index.addPod(p)
 	}
 	return nil
+}
+
+// podFacts makes a status of what there is of the pod, where its own is lost. Where its directory is lost too, the
+// runtime directory went with the machine's boot, or with the user's last session.
+func (s *Service) podFacts(p *pod, boot string, inThisLife bool) podStatus {
+	// The pod was ready before: a spec whose making was cut off has a status, or none of its parts.
+	status := podStatus{ReadyAt: p.spec.CreatedAt}
+	if inThisLife && s.deps.Cgroups.Usable() {
+		// Making it again tells its path.
+		cgroup, err := s.deps.Cgroups.MakePod(p.spec.Config.GetLinux().GetCgroupParent(), p.spec.ID)
+		s.log("find the pod's cgroup", p.spec.ID, err)
+		status.Cgroup = cgroup
+	}
+	if kinds := p.ownNamespaces().kinds; len(kinds) == 0 || !pinned(kinds[0].pin) {
+		status.StoppedAt = time.Now()
+		return status
+	}
+	status.BootID = boot
+	if !p.hostNetwork() {
+		ips, err := podAddresses(p.nsPath("net"))
+		s.log("find the pod's addresses", p.spec.ID, err)
+		if len(ips) > 0 {
+			status.IP, status.AdditionalIPs = ips[0], ips[1:]
+		}
+	}
+	return status
 }
 
 // takeBack undoes RunPodSandbox for a daemon that died in it.
@@ -86,10 +118,11 @@ func (s *Service) forget(p *pod) error {
 	return errors.Join(remove(s.store.podSpecPath(p.spec.ID)), removeDir(p.dir))
 }
 
-func (s *Service) loadContainers(ctx context.Context) error {
+// loadContainers returns those of which neither a status nor a history is left.
+func (s *Service) loadContainers(ctx context.Context) (unknown []*container, err error) {
 	specs, err := loadAll[containerSpec](s.store, filepath.Join(s.store.data, "containers"))
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for id, spec := range specs {
 		if _, owner := s.index.observed(spec.PodID); owner == nil {
@@ -98,17 +131,20 @@ func (s *Service) loadContainers(ctx context.Context) error {
 			continue
 		}
 		dir := s.store.containerDir(id)
-		if err := os.MkdirAll(dir, 0o711); err != nil {
-			return fmt.Errorf("make container directory: %w", err)
+		if err := s.store.makeDir(dir); err != nil {
+			return nil, err
 		}
-		status, known := loadStatus[containerStatus](s.store, dir)
-		c := newContainer(spec, dir, status, s.told)
+		status, known := loadStatus[containerStatus](s.store, statusPath(dir))
+		if !known {
+			status, known = loadStatus[containerStatus](s.store, s.store.history.path(id))
+		}
+		c := s.newContainer(spec, status)
 		s.index.addContainer(c)
 		if !known {
-			s.recorded(id, c.lost("its status was lost with the node's runtime directory"))
+			unknown = append(unknown, c)
 		}
 	}
-	return nil
+	return unknown, nil
 }
 
 // sweep gives back what no record owns: processes, mounts, directories, addresses, cgroups.
@@ -131,7 +167,11 @@ func (s *Service) sweep(ctx context.Context, boot string) {
 		}
 	}
 	s.sweepProcesses(ctx)
-	s.sweepDirs("pods", unmountPodDir)
+	s.log("sweep history", "", s.store.history.sweep(func(id string) bool {
+		c, _ := s.index.observed(id)
+		return c != nil
+	}))
+	s.sweepDirs("pods", func(dir string) error { return errors.Join(unmountPodDir(dir), s.sweepCgroup(dir)) })
 	s.sweepDirs("containers", func(dir string) error { return unpin(filepath.Join(dir, "pid")) })
 	s.log("reconcile network", "", s.deps.Network.Reconcile(ctx, livePods))
 	s.log("reconcile root filesystems", "", s.deps.Images.Reconcile(liveMounts))
@@ -166,6 +206,15 @@ func (s *Service) sweepDirs(kind string, unmount func(dir string) error) {
 		}
 		s.log("delete state directory without a record", e.Name(), err)
 	}
+}
+
+// sweepCgroup removes the cgroup of a pod of which only the status is left.
+func (s *Service) sweepCgroup(dir string) error {
+	status, err := loadRecord[podStatus](statusPath(dir))
+	if err != nil || status.Cgroup == "" || !s.deps.Cgroups.Usable() {
+		return nil // nothing is known of one
+	}
+	return s.deps.Cgroups.RemovePod(status.Cgroup)
 }
 
 // log says what recovery did to an object, or could not do.

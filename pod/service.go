@@ -51,7 +51,7 @@ type Service struct {
 	streams  *streaming.Server
 
 	stop context.CancelFunc
-	wg   sync.WaitGroup // the watcher
+	wg   sync.WaitGroup // the watcher, and the history's writer
 }
 
 // Open takes over what the disk and the keeper know, and starts to serve streams. Pods of a daemon that died go
@@ -78,6 +78,7 @@ func Open(ctx context.Context, cfg Config, deps Deps) (*Service, error) {
 	watchCtx, stop := context.WithCancel(context.Background())
 	s.stop = stop
 	s.wg.Go(func() { s.watch(watchCtx, seq) })
+	s.wg.Go(func() { s.store.history.run(watchCtx) })
 	return s, nil
 }
 

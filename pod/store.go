@@ -20,23 +20,35 @@ import (
 const recordVersion = 1
 
 // store is the records on disk, one JSON file an object. This process is their only writer. Specs live in the
-// data directory and outlive the machine's boot; statuses live in the runtime directory, as what they tell of.
+// data directory and outlive the machine's boot; statuses live in the runtime directory, as what they tell of, and those
+// of containers are also kept in the history.
 type store struct {
-	data string
-	run  string
-	log  *slog.Logger
+	data    string
+	run     string
+	log     *slog.Logger
+	history *history
 }
 
 func openStore(data, run string, log *slog.Logger) (*store, error) {
-	s := &store{data: data, run: run, log: log}
-	for _, dir := range []string{data, run} {
-		for _, sub := range []string{"pods", "containers"} {
-			if err := os.MkdirAll(filepath.Join(dir, sub), 0o711); err != nil {
-				return nil, fmt.Errorf("make state directory: %w", err)
-			}
+	s := &store{data: data, run: run, log: log, history: newHistory(filepath.Join(data, "history"), log)}
+	for _, dir := range []string{filepath.Join(data, "pods"), filepath.Join(data, "containers"), s.history.dir,
+		filepath.Join(run, "pods"), filepath.Join(run, "containers")} {
+		if err := s.makeDir(dir); err != nil {
+			return nil, err
 		}
 	}
 	return s, nil
+}
+
+// makeDir sets aside what is in the place of a directory of records and is none.
+func (s *store) makeDir(dir string) error {
+	if info, err := os.Lstat(dir); err == nil && !info.IsDir() {
+		s.setAside(dir, errors.New("it is no directory"))
+	}
+	if err := os.MkdirAll(dir, 0o711); err != nil {
+		return fmt.Errorf("make state directory: %w", err)
+	}
+	return nil
 }
 
 func (s *store) podSpecPath(id string) string { return filepath.Join(s.data, "pods", id+".json") }
@@ -95,19 +107,57 @@ func write(path string, raw []byte, synced bool) error {
 }
 
 // loadRecord returns fs.ErrNotExist where there is no file.
-func loadRecord[T any](path string) (T, error) {
-	var e envelope[T]
+func loadRecord[T any](path string) (record T, err error) {
+	var e envelope[*T]
 	raw, err := os.ReadFile(path)
 	if err != nil {
-		return e.Record, fmt.Errorf("read record: %w", err)
+		return record, fmt.Errorf("read record: %w", err)
 	}
-	if err := json.Unmarshal(raw, &e); err != nil {
-		return e.Record, fmt.Errorf("decode %s: %w", path, err)
+	// The version first: nobody knows what else a newer one has.
+	if err := json.Unmarshal(raw, &struct {
+		Version *int `json:"version"`
+	}{&e.Version}); err != nil {
+		return record, fmt.Errorf("decode %s: %w", path, err)
 	}
 	if e.Version != recordVersion {
-		return e.Record, fmt.Errorf("decode %s: version %d, this program knows %d", path, e.Version, recordVersion)
+		return record, fmt.Errorf("decode %s: version %d, this program knows %d", path, e.Version, recordVersion)
 	}
-	return e.Record, nil
+	if err := json.Unmarshal(raw, &e); err != nil {
+		return record, fmt.Errorf("decode %s: %w", path, err)
+	}
+	if e.Record == nil {
+		return record, fmt.Errorf("decode %s: there is no record in it", path)
+	}
+	if r, ok := any(e.Record).(checked); ok {
+		if err := r.check(strings.TrimSuffix(filepath.Base(path), ".json")); err != nil {
+			return record, fmt.Errorf("decode %s: %w", path, err)
+		}
+	}
+	return *e.Record, nil
+}
+
+// checked is a record that can tell whether it was written for the object that name means.
+type checked interface{ check(name string) error }
+
+func (spec *podSpec) check(name string) error {
+	if spec.ID != name || spec.Config.PodSandboxConfig == nil || spec.CreatedAt.IsZero() {
+		return errors.New("it is not the record of that pod")
+	}
+	return nil
+}
+
+func (spec *containerSpec) check(name string) error {
+	if spec.ID != name || spec.Config.ContainerConfig == nil || spec.OCI == nil || spec.CreatedAt.IsZero() {
+		return errors.New("it is not the record of that container")
+	}
+	return nil
+}
+
+func (st *podStatus) check(string) error {
+	if st.BootID == "" && st.ReadyAt.IsZero() {
+		return errors.New("it says nothing")
+	}
+	return nil
 }
 
 // loadAll reads every record of a directory, and sweeps what a daemon that died was writing. An unreadable record is
@@ -121,14 +171,14 @@ func loadAll[T any](s *store, dir string) (map[string]T, error) {
 	for _, e := range entries {
 		path := filepath.Join(dir, e.Name())
 		if strings.HasSuffix(e.Name(), tempSuffix) {
-			if err := remove(path); err != nil {
+			if err := os.RemoveAll(path); err != nil {
 				return nil, fmt.Errorf("sweep half-written record: %w", err)
 			}
 			continue
 		}
-		id, ok := strings.CutSuffix(e.Name(), ".json")
-		if !ok || e.IsDir() {
-			continue
+		id, ok := recordID(e)
+		if !ok {
+			continue // set aside
 		}
 		record, err := loadRecord[T](path)
 		if err != nil {
@@ -140,24 +190,29 @@ func loadAll[T any](s *store, dir string) (map[string]T, error) {
 	return all, nil
 }
 
+// recordID is the id of the object whose record e is.
+func recordID(e fs.DirEntry) (id string, ok bool) { return strings.CutSuffix(e.Name(), ".json") }
+
 // loadStatus reads the status of an object; ok is false where there is none that can be read.
-func loadStatus[T any](s *store, dir string) (status T, ok bool) {
-	status, err := loadRecord[T](statusPath(dir))
+func loadStatus[T any](s *store, path string) (status T, ok bool) {
+	status, err := loadRecord[T](path)
 	if err != nil {
 		if !errors.Is(err, fs.ErrNotExist) {
-			s.setAside(statusPath(dir), err)
+			s.setAside(path, err)
 		}
-		return status, false
+		return *new(T), false
 	}
 	return status, true
 }
 
+// setAside moves what cannot be read out of the way, for people to look at. An older one of the name goes.
 func (s *store) setAside(path string, cause error) {
 	aside := path + ".unreadable"
-	if err := os.Rename(path, aside); err != nil {
+	err := os.RemoveAll(aside)
+	if err = errors.Join(err, os.Rename(path, aside)); err != nil {
 		cause = errors.Join(cause, err)
 	}
-	s.log.Error("record set aside: its object is unknown from now on", "path", aside, "cause", cause)
+	s.log.Error("record set aside: it cannot be read", "path", aside, "cause", cause)
 }
 
 // remove deletes files; absent ones do not matter.

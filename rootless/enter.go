@@ -20,7 +20,7 @@ var ErrDown = errors.New("the node is not up")
 // A Go program has threads and so may not join a user namespace by itself (setns(2)): nsenter(1) does it. It is
 // called twice, because the network namespace is pinned by a mount that only the node's mount namespace has.
 func (n Node) Enter(command []string) error {
-	record, err := n.ReadRecord()
+	record, err := n.Find()
 	if errors.Is(err, fs.ErrNotExist) || err == nil && !record.Alive() {
 		return ErrDown
 	}

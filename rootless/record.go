@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
@@ -144,15 +143,6 @@ func (n Node) Sweep() error {
 		return fmt.Errorf("sweep runtime directory: %w", err)
 	}
 	return nil
-}
-
-// ChildPID is the host's pid of the node's PID 1.
-func (n Node) ChildPID() (int, error) {
-	raw, err := os.ReadFile(filepath.Join(n.RootlesskitDir(), "child_pid"))
-	if err != nil {
-		return 0, fmt.Errorf("read the node's pid: %w", err)
-	}
-	return strconv.Atoi(strings.TrimSpace(string(raw)))
 }
 
 // pidStart reads field 22 of /proc/PID/stat. The command's name, field 2, may hold blanks and brackets, so the

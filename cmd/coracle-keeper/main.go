@@ -37,6 +37,7 @@ func run(args []string) error {
 	mountCgroup := flags.Bool("cgroup-mount", false, "mount the node's cgroup2 tree on /sys/fs/cgroup")
 	ignoreHangup := flags.Bool("ignore-hangup", false, "go on after SIGHUP; otherwise it ends the node as SIGTERM does")
 	verbose := flags.Bool("debug", false, "log more")
+	checkHandover := flags.Bool(keeper.CheckHandoverFlag, false, "tell whether this program can go on with the state on its standard input, and exit")
 	showVersion := flags.Bool("version", false, "print the version and exit")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -45,11 +46,20 @@ func run(args []string) error {
 		fmt.Println(version)
 		return nil
 	}
+	if *checkHandover {
+		return keeper.CheckHandover(os.Stdin)
+	}
 	if *dir == "" {
 		return fmt.Errorf("--runtime-dir is missing")
 	}
-	if err := keeper.LeaveKeyring(); err != nil {
+	handover, err := keeper.Received()
+	if err != nil {
 		return err
+	}
+	if handover == nil {
+		if err := keeper.LeaveKeyring(); err != nil {
+			return err
+		}
 	}
 	level := slog.LevelInfo
 	if *verbose {
@@ -75,12 +85,15 @@ func run(args []string) error {
 	if err := keeper.Prepare(log); err != nil {
 		return err
 	}
-	if *mountCgroup {
+	if *mountCgroup && handover == nil {
 		if err := cgroupv2.MountInside(); err != nil {
 			return err
 		}
 	}
-	k, err := keeper.Open(keeper.Config{RuntimeDir: *dir, Version: version, Daemon: flags.Args(), Log: log})
+	k, err := keeper.Open(keeper.Config{RuntimeDir: *dir, Version: version, Daemon: flags.Args(), Log: log, Handover: handover})
+	if err != nil && handover != nil {
+		return handover.GoBack(err)
+	}
 	if err != nil {
 		return err
 	}

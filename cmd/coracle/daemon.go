@@ -35,13 +35,17 @@ func daemonCommand(s *settings) *cobra.Command {
 	return &cobra.Command{
 		Use: "daemon", Short: "Serve the CRI inside the node (started by coracle-keeper)", Args: cobra.NoArgs, Hidden: true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			ready := newReadiness()
 			c, node, err := s.load(cmd.Flags())
 			if err != nil {
+				ready.tell(err)
 				return err
 			}
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM, syscall.SIGINT)
 			defer stop()
-			return runDaemon(ctx, c, node)
+			err = runDaemon(ctx, c, node, ready)
+			ready.tell(err)
+			return err
 		},
 	}
 }
@@ -59,7 +63,7 @@ func newLogger(c config) *slog.Logger {
 }
 
 // runDaemon wires the folders and serves until ctx ends. Pods go on without it.
-func runDaemon(ctx context.Context, c config, node rootless.Node) (err error) {
+func runDaemon(ctx context.Context, c config, node rootless.Node, ready *readiness) (err error) {
 	log := newLogger(c).With("node", node.Name)
 	// No core file, which would hold credentials of registries (core(5)); and who may trace takes a capability more.
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
@@ -67,7 +71,9 @@ func runDaemon(ctx context.Context, c config, node rootless.Node) (err error) {
 	}
 	record, err := node.ReadRecord()
 	if err != nil {
-		return err
+		// Only people read what it says.
+		log.Error("the node's record cannot be read", "err", err)
+		record.Driver, record.CgroupFound = c.Network.Driver, "unknown: "+err.Error()
 	}
 	tree, err := cgroupv2.Open("/sys/fs/cgroup")
 	if err != nil {
@@ -96,10 +102,10 @@ func runDaemon(ctx context.Context, c config, node rootless.Node) (err error) {
 	}
 	defer func() { err = errors.Join(err, service.Close()) }()
 	server := newServer(ctx, c.GRPC, service, images.NewService(store, slices.Collect(maps.Keys(c.Handlers))...), log)
-	return serve(ctx, node, server, &http.Server{Handler: adminHandler(store), ReadHeaderTimeout: 5 * time.Second}, log)
+	return serve(ctx, node, server, &http.Server{Handler: adminHandler(store), ReadHeaderTimeout: 5 * time.Second}, ready, log)
 }
 
-func serve(ctx context.Context, node rootless.Node, server *grpc.Server, adminServer *http.Server, log *slog.Logger) error {
+func serve(ctx context.Context, node rootless.Node, server *grpc.Server, adminServer *http.Server, ready *readiness, log *slog.Logger) error {
 	cri, err := listenCRI(node.Socket(), log)
 	if err != nil {
 		return err
@@ -111,6 +117,7 @@ func serve(ctx context.Context, node rootless.Node, server *grpc.Server, adminSe
 	failed := make(chan error, 2)
 	go func() { failed <- server.Serve(cri) }()
 	go func() { failed <- adminServer.Serve(admin) }()
+	ready.tell(nil)
 	log.Info("serving", "endpoint", node.Endpoint(), "version", version, "pid", os.Getpid())
 	select {
 	case <-ctx.Done():

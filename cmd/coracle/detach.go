@@ -15,7 +15,6 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
-	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/coracle-cri/coracle/rootless"
 )
@@ -89,11 +88,6 @@ func awaitReady(ctx context.Context, node rootless.Node) error {
 }
 
 func askVersion(ctx context.Context, node rootless.Node) error {
-	conn, err := dialCRI(node)
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	_, err = runtimeapi.NewRuntimeServiceClient(conn).Version(ctx, &runtimeapi.VersionRequest{})
+	_, err := daemonVersion(ctx, node)
 	return err
 }

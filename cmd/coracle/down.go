@@ -47,9 +47,6 @@ func runDown(ctx context.Context, node rootless.Node, grace time.Duration, out i
 	}
 	record, err := settledRecord(node)
 	wasUp := err == nil && record.Alive()
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
 	if wasUp {
 		stopContainers(ctx, node, grace)
 		if err := endProcess(record); err != nil {
@@ -76,8 +73,11 @@ func runDown(ctx context.Context, node rootless.Node, grace time.Duration, out i
 func settledRecord(node rootless.Node) (rootless.Record, error) {
 	for deadline := time.Now().Add(endTimeout); ; time.Sleep(10 * time.Millisecond) {
 		record, err := node.ReadRecord()
-		if err == nil && record.Alive() || time.Now().After(deadline) {
+		if err == nil && record.Alive() {
 			return record, err
+		}
+		if time.Now().After(deadline) {
+			return node.Find()
 		}
 		if err := node.MakeDirs(); err != nil {
 			return record, err
@@ -88,6 +88,9 @@ func settledRecord(node rootless.Node) (rootless.Record, error) {
 		}
 		if !errors.Is(lockErr, rootless.ErrUp) {
 			return record, lockErr
+		}
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return node.Find() // it is not just being written: that is done at once
 		}
 	}
 }

@@ -42,7 +42,7 @@ daemon serves the Kubernetes CRI (v1) on a unix socket. Start one with "coracle 
 	}
 	flags := newSettings(root.PersistentFlags())
 	root.AddCommand(
-		upCommand(flags), downCommand(flags), statusCommand(flags), enterCommand(flags),
+		upCommand(flags), downCommand(flags), statusCommand(flags), enterCommand(flags), restartCommand(flags),
 		doctorCommand(flags), imageCommand(flags), configCommand(), versionCommand(), daemonCommand(flags),
 	)
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {

@@ -43,7 +43,7 @@ func statusCommand(s *settings) *cobra.Command {
 }
 
 func printStatus(ctx context.Context, node rootless.Node, verbose bool, out io.Writer) error {
-	record, err := node.ReadRecord()
+	record, err := node.Find()
 	if errors.Is(err, fs.ErrNotExist) || err == nil && !record.Alive() {
 		return fmt.Errorf("node %s is not up; to start it, run: coracle up --detach%s", node.Name, nameFlag(node))
 	}

@@ -18,6 +18,7 @@ import (
 
 	"github.com/coracle-cri/coracle/cgroupv2"
 	"github.com/coracle-cri/coracle/netslirp"
+	"github.com/coracle-cri/coracle/pod"
 	"github.com/coracle-cri/coracle/rootless"
 )
 
@@ -132,7 +133,7 @@ func runLocked(interrupted context.Context, c config, node rootless.Node, out io
 	if err := node.MakeDirs(); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, node.Sweep()) }()
+	defer func() { err = errors.Join(err, clearRuntime(node)) }()
 
 	record := rootless.Record{Program: version, Driver: c.Network.Driver,
 		CgroupFound: delegation.Sentence, CgroupHint: delegation.Hint, CgroupAttempts: delegation.Attempts}
@@ -190,7 +191,23 @@ func sweep(node rootless.Node) error {
 		err = nil
 	}
 	if err != nil {
+		slog.Warn("the cgroup of the node's earlier life is looked for where it would be now", "node", node.Name, "err", err)
+		var delegation cgroupv2.Delegation
+		if delegation, err = cgroupv2.Find(); err == nil && delegation.Path != "" {
+			err = cgroupv2.RemoveStale(delegation, node.CgroupName())
+		}
+	}
+	if err != nil {
 		slog.Warn("a dead node's cgroup may be left", "node", node.Name, "err", err)
+	}
+	return clearRuntime(node)
+}
+
+// clearRuntime removes the runtime directory of a node that is dead, and keeps what the keeper has recorded of
+// containers: the daemon may have died before it could.
+func clearRuntime(node rootless.Node) error {
+	if err := pod.SaveHistory(node.RuntimeDir, node.DataDir, slog.Default()); err != nil {
+		slog.Warn("exit codes of containers may be lost", "node", node.Name, "err", err)
 	}
 	return node.Sweep()
 }

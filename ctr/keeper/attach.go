@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sync/atomic"
 	"time"
 
 	"github.com/coracle-cri/coracle/ctr/wire"
@@ -21,6 +22,7 @@ type attachment struct {
 		src, dst *os.File
 		done     chan struct{}
 	}
+	cut atomic.Bool // by the keeper: the caller is to attach again
 }
 
 // attach connects streams to the container and takes them over. The caller runs wait, then close.
@@ -86,15 +88,16 @@ func (a *attachment) openStdin(src *os.File) error {
 func (a *attachment) copyStdin() {
 	defer close(a.stdin.done)
 	_, _ = io.Copy(a.stdin.dst, a.stdin.src) // either end may go at any time; both are normal
-	if a.c.stdio.once {
+	if a.c.stdio.once && !a.cut.Load() {
 		// CRI, ContainerConfig.stdin_once: stdin is closed once the first attach that had it ends.
 		a.c.stdio.closeStdin()
 	}
 	wire.CloseFiles([]*os.File{a.stdin.src, a.stdin.dst})
 }
 
-// wait returns at the container's exit, when the caller is gone, or when a reader was too slow.
-func (a *attachment) wait(gone <-chan struct{}) error {
+// wait returns at the container's exit, when the caller is gone, when a reader was too slow, or when the keeper is about
+// to be replaced.
+func (a *attachment) wait(gone, replaced <-chan struct{}) error {
 	slow := make(chan *sink, len(a.sinks))
 	for s := range a.sinks {
 		go func() { <-s.done; slow <- s }() // ends with close
@@ -108,15 +111,19 @@ func (a *attachment) wait(gone <-chan struct{}) error {
 				return fmt.Errorf("attach: %w", err)
 			}
 		case <-a.c.exited:
-			a.flush(gone)
+			a.flush(gone, flushTimeout)
 			return nil
+		case <-replaced:
+			a.cut.Store(true)
+			a.flush(gone, sinkPatience)
+			return errReplaced
 		}
 	}
 }
 
 // flush lets the caller read what is queued.
-func (a *attachment) flush(gone <-chan struct{}) {
-	timer := time.NewTimer(flushTimeout)
+func (a *attachment) flush(gone <-chan struct{}, limit time.Duration) {
+	timer := time.NewTimer(limit)
 	defer timer.Stop()
 	for s := range a.sinks {
 		s.end()

@@ -3,8 +3,10 @@ package keeper
 import (
 	"bytes"
 	"context"
+	"errors"
 	"log/slog"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"strconv"
@@ -59,6 +61,29 @@ func (c *children) collect(pid int, wait func()) {
 	defer c.mu.Unlock()
 	wait()
 	delete(c.known, pid)
+}
+
+// runToEnd starts a command that leaves no process behind, and waits for its end.
+func (c *children) runToEnd(cmd *exec.Cmd, start func() error) error {
+	pid, err := c.launch(func() (int, error) {
+		if err := start(); err != nil {
+			return 0, err
+		}
+		return cmd.Process.Pid, nil
+	})
+	if err != nil {
+		return err
+	}
+	p, err := openProcess(pid)
+	if err == nil {
+		err = p.await()
+		p.close()
+	}
+	if err != nil {
+		_ = cmd.Process.Kill() // nothing can be known of it
+	}
+	c.collect(pid, func() { err = errors.Join(err, cmd.Wait()) })
+	return err
 }
 
 // own tells whether pid is one of the keeper's own children.

@@ -200,6 +200,8 @@ func (c *container) watch() {
 		c.keeper.log.Error("await container", "container", c.id, "error", err)
 	}
 	finished := time.Now()
+	c.keeper.swap.ends.enter()
+	defer c.keeper.swap.ends.leave()
 	close(c.dead)
 	var code int
 	c.keeper.children.collect(c.init.pid, func() {

@@ -60,6 +60,8 @@ type child struct {
 	collect func() (code int, err error)
 	// tty is the terminal's master, nil without a terminal.
 	tty *os.File
+	// inside is the process's pid in a sandbox, for a runtime program that tells it; else 0.
+	inside int
 	// signal reaches the processes for which this one only stands, as they live in a sandbox; nil where it is itself
 	// what runs.
 	signal func(sig syscall.Signal, all bool) error
@@ -75,17 +77,25 @@ func (c child) abort() error {
 
 // waitPid is collect for a child that is known by its pid alone.
 func waitPid(pid int) func() (int, error) {
+	wait := waitStatus(pid)
 	return func() (int, error) {
-		var status unix.WaitStatus
+		status, err := wait()
+		if err != nil {
+			return lostExitCode, err
+		}
+		return exitCode(status), nil
+	}
+}
+
+// waitStatus takes the status of a child that is known by its pid alone.
+func waitStatus(pid int) func() (syscall.WaitStatus, error) {
+	return func() (syscall.WaitStatus, error) {
+		var status syscall.WaitStatus
 		for {
-			_, err := unix.Wait4(pid, &status, 0, nil)
-			if errors.Is(err, unix.EINTR) {
-				continue
+			_, err := syscall.Wait4(pid, &status, 0, nil)
+			if !errors.Is(err, unix.EINTR) {
+				return status, err
 			}
-			if err != nil {
-				return lostExitCode, err
-			}
-			return exitCode(syscall.WaitStatus(status)), nil
 		}
 	}
 }

@@ -71,19 +71,7 @@ func (c *container) dies(limit time.Duration) bool {
 	if limit > 0 && c.doomed.Load() {
 		limit = killTimeout
 	}
-	timer := time.NewTimer(limit)
-	defer timer.Stop()
-	select {
-	case <-c.dead:
-		return true
-	case <-timer.C:
-	}
-	select {
-	case <-c.dead:
-		return true
-	default:
-		return false
-	}
+	return closedWithin(c.dead, limit)
 }
 
 // start makes the process and a handle on it. On an error no process is left.
@@ -155,6 +143,8 @@ func (s *session) watch() {
 	if err := s.leader.await(); err != nil {
 		s.keeper.log.Error("await exec", "pid", s.leader.pid, "error", err)
 	}
+	s.keeper.swap.ends.enter()
+	defer s.keeper.swap.ends.leave()
 	s.keeper.children.collect(s.leader.pid, func() {
 		var err error
 		if s.code, err = s.child.collect(); err != nil {

@@ -39,6 +39,15 @@ func newInProcess(stateDir, id string, spec *specs.Spec) (*inProcess, error) {
 	return &inProcess{id: id, dir: filepath.Join(stateDir, id), lc: lc, init: init}, nil
 }
 
+// loadInProcess finds a container again of which a keeper before has left libcontainer's state.
+func loadInProcess(stateDir, id string) (*inProcess, error) {
+	lc, err := libcontainer.Load(stateDir, id)
+	if err != nil {
+		return nil, fmt.Errorf("load container: %w", err)
+	}
+	return &inProcess{id: id, dir: filepath.Join(stateDir, id), lc: lc}, nil
+}
+
 func (e *inProcess) create(s ends) (child, error) { return e.launch(e.init, s) }
 
 func (e *inProcess) exec(x execution) (child, error) {

@@ -30,6 +30,8 @@ type Config struct {
 	// Daemon is the command to keep running; empty starts none.
 	Daemon []string
 	Log    *slog.Logger
+	// Handover is what another program has left to this one, which runs in its process; nil for a keeper that begins.
+	Handover *Handover
 }
 
 // Keeper owns the containers of one node.
@@ -41,7 +43,10 @@ type Keeper struct {
 	journal  *journal
 	listener *net.UnixListener
 	tasks    sync.WaitGroup // calls and container watchers
-	help     sync.Map       // what commands of runtime programs say of themselves, see run.takes
+	swap     swap
+	help     sync.Map // what commands of runtime programs say of themselves, see run.takes
+
+	supervisor supervisor
 
 	stopped  context.Context // ended by stop: Run is to end
 	stop     context.CancelFunc
@@ -54,17 +59,33 @@ type Keeper struct {
 	closing    bool
 }
 
-// Open reads the records that an earlier keeper left, where nobody swept them, and listens. Run serves.
+func newKeeper(cfg Config) *Keeper {
+	k := &Keeper{cfg: cfg, log: cfg.Log, children: newChildren(cfg.Log), journal: newJournal(), swap: newSwap(),
+		containers: map[string]*container{}, conns: map[*wire.Conn]struct{}{}}
+	k.stopped, k.stop = context.WithCancel(context.Background())
+	k.callCtx, k.endCalls = context.WithCancel(context.Background())
+	k.supervisor.restarts = make(chan restart)
+	if len(cfg.Daemon) > 0 {
+		k.supervisor.program.path, k.supervisor.args = cfg.Daemon[0], cfg.Daemon[1:]
+	}
+	return k
+}
+
+// Open reads the records that an earlier keeper left, where nobody swept them, and listens; or it takes over what the
+// program left that ran in this process before. Run serves.
 func Open(cfg Config) (*Keeper, error) {
+	k := newKeeper(cfg)
+	if cfg.Handover != nil {
+		if err := k.adopt(cfg.Handover); err != nil {
+			return nil, fmt.Errorf("take over: %w", err)
+		}
+		return k, nil
+	}
 	var boot [16]byte
 	if _, err := rand.Read(boot[:]); err != nil {
 		return nil, fmt.Errorf("make boot id: %w", err)
 	}
-	k := &Keeper{cfg: cfg, log: cfg.Log, bootID: hex.EncodeToString(boot[:]),
-		children: newChildren(cfg.Log), journal: newJournal(),
-		containers: map[string]*container{}, conns: map[*wire.Conn]struct{}{}}
-	k.stopped, k.stop = context.WithCancel(context.Background())
-	k.callCtx, k.endCalls = context.WithCancel(context.Background())
+	k.bootID = hex.EncodeToString(boot[:])
 	if err := os.MkdirAll(k.recordDir(), 0o700); err != nil {
 		return nil, fmt.Errorf("make record directory: %w", err)
 	}
@@ -83,7 +104,7 @@ func Open(cfg Config) (*Keeper, error) {
 	return k, nil
 }
 
-func (k *Keeper) recordDir() string { return filepath.Join(k.cfg.RuntimeDir, "keeper") }
+func (k *Keeper) recordDir() string { return filepath.Join(k.cfg.RuntimeDir, wire.RecordDir) }
 func (k *Keeper) stateDir() string  { return filepath.Join(k.recordDir(), "lc") }
 
 func (k *Keeper) listen() error {
@@ -107,6 +128,9 @@ func (k *Keeper) listen() error {
 // and returns when no goroutine and no process of the keeper is left.
 func (k *Keeper) Run(ctx context.Context) error {
 	defer context.AfterFunc(ctx, k.stop)()
+	if h := k.cfg.Handover; h != nil {
+		k.goOn(h)
+	}
 
 	reaperDone := make(chan struct{})
 	reaperCtx, stopReaper := context.WithCancel(context.Background())
@@ -120,6 +144,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 	go func() { defer close(daemonDone); k.superviseDaemon(daemonCtx) }()
 
 	<-k.stopped.Done()
+	k.swap.mu.Lock() // for good
 	k.log.Info("the node ends: killing every container")
 	err := k.killEverything()
 	stopDaemon()
@@ -189,7 +214,7 @@ func (k *Keeper) reserve(c *container) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.closing {
-		return errors.New("the node is shutting down")
+		return errStopping
 	}
 	if k.containers[c.id] != nil {
 		return wire.ErrExists

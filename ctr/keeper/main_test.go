@@ -35,6 +35,12 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == sandboxesArg {
 		exitOn(runSandboxes(os.Args[2:]))
 	}
+	if len(os.Args) > 1 && os.Args[1] == "--version" {
+		os.Exit(0)
+	}
+	if len(os.Args) > 2 && os.Args[1] == daemonArg {
+		exitOn(runDaemon(os.Args[2]))
+	}
 	switch os.Getenv(roleEnv) {
 	case "keeper":
 		exitOn(runKeeper(os.Args[1]))
@@ -54,20 +60,38 @@ func exitOn(err error) {
 	os.Exit(0)
 }
 
-// runKeeper is a keeper in a pid and mount namespace of its own, as on a node.
+// failOnce is a file in the directory of a keeper that makes the one that takes over fail.
+const failOnce = "fail-once"
+
+// runKeeper is a keeper in a pid and mount namespace of its own, as on a node: DIR [DAEMON…].
 func runKeeper(dir string) error {
-	if err := keeper.LeaveKeyring(); err != nil {
+	if dir == "--"+keeper.CheckHandoverFlag {
+		return keeper.CheckHandover(os.Stdin)
+	}
+	handover, err := keeper.Received()
+	if err != nil {
 		return err
 	}
-	if err := errors.Join(unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""),
-		unix.Mount("proc", "/proc", "proc", 0, "")); err != nil {
-		return err
+	if handover != nil && os.Remove(filepath.Join(dir, failOnce)) == nil {
+		return handover.GoBack(errors.New("on purpose"))
+	}
+	if handover == nil {
+		if err := keeper.LeaveKeyring(); err != nil {
+			return err
+		}
+		if err := errors.Join(unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""),
+			unix.Mount("proc", "/proc", "proc", 0, "")); err != nil {
+			return err
+		}
 	}
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	if err := keeper.Prepare(log); err != nil {
 		return err
 	}
-	k, err := keeper.Open(keeper.Config{RuntimeDir: dir, Log: log})
+	k, err := keeper.Open(keeper.Config{RuntimeDir: dir, Log: log, Daemon: os.Args[2:], Handover: handover})
+	if err != nil && handover != nil {
+		return handover.GoBack(err)
+	}
 	if err != nil {
 		return err
 	}

@@ -112,25 +112,44 @@ func TestShutdownKillsAllAndTheNextKeeperKnowsTheEnds(t *testing.T) {
 	}
 }
 
-func TestAKilledKeeperLeavesNoLieOnDisk(t *testing.T) {
+// separateNode runs a keeper as a process of its own; kill ends it as a node ends.
+func separateNode(t *testing.T, daemon ...string) (other *node, kill func()) {
+	t.Helper()
 	n := newNode(t)
 	n.end() // two keepers in one process would reap each other's children
 	dir := filepath.Join(n.dir, "other")
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command("/proc/self/exe", dir)
+	said, err := os.Create(filepath.Join(n.dir, "keeper.log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer said.Close()
+	cmd := exec.Command("/proc/self/exe", append([]string{dir}, daemon...)...)
 	cmd.Env = append(os.Environ(), roleEnv+"=keeper")
-	cmd.Stderr = os.Stderr
+	cmd.Stderr = said
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWNS} // as on a node: its end is theirs
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	kill := sync.OnceFunc(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+	kill = sync.OnceFunc(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		if raw, err := os.ReadFile(said.Name()); t.Failed() && err == nil {
+			t.Logf("the other keeper's log:\n%s", raw)
+		}
+	})
 	t.Cleanup(kill)
-	other := &node{Client: ctr.NewClient(filepath.Join(dir, keeper.SocketName)), t: t, dir: dir, runtime: runtimeOfTests}
+	other = &node{Client: ctr.NewClient(filepath.Join(dir, keeper.SocketName)), t: t, dir: dir, runtime: runtimeOfTests}
 	// The socket's file is there before anybody listens on it: bind(2) makes it.
 	eventually(t, "it answers", func() bool { _, err := other.Info(context.Background()); return err == nil })
+	return other, kill
+}
+
+func TestAKilledKeeperLeavesNoLieOnDisk(t *testing.T) {
+	other, kill := separateNode(t)
+	dir := other.dir
 	other.create("runs", sh("sleep 1000"))
 	other.start("runs")
 	other.run("done", sh("exit 3"))

@@ -21,35 +21,44 @@ type output struct {
 	src  *os.File
 	done chan struct{} // closed when the stream has ended and its last line is written
 
+	// passing is held from the read of a chunk until it is in the log: who holds it knows that nothing is on its way.
+	passing  sync.Mutex
+	format   formatter
+	finished bool // the last line is written
+
 	mu    sync.Mutex
 	sinks map[*sink]struct{}
 	ended bool
 }
 
 // newOutput takes src over. The goroutine is run's; close ends it.
-func newOutput(src *os.File) *output {
-	return &output{src: src, done: make(chan struct{}), sinks: map[*sink]struct{}{}}
+func newOutput(src *os.File, stream string, log *logFile) *output {
+	return &output{src: src, done: make(chan struct{}), sinks: map[*sink]struct{}{},
+		format: formatter{stream: stream, flush: log.write}}
 }
 
 // run copies until every writer has closed the stream, or close.
-func (o *output) run(stream string, log *logFile) {
+func (o *output) run() {
 	defer close(o.done)
-	format := formatter{stream: stream, flush: log.write}
 	for {
 		chunk, n := o.read()
 		if chunk == nil {
 			break
 		}
-		format.feed(time.Now(), (*chunk)[:n])
+		o.format.feed(time.Now(), (*chunk)[:n])
 		o.deliver((*chunk)[:n])
 		chunks.Put(chunk)
+		o.passing.Unlock()
 	}
-	format.finish(time.Now())
+	o.passing.Lock()
+	o.format.finish(time.Now())
+	o.finished = true
+	o.passing.Unlock()
 	o.endSinks()
 }
 
-// read waits for output and takes it. nil means the end: of the pipe, of the terminal (EIO when its last user has
-// closed it), or of this side.
+// read waits for output and takes it, and holds passing where it has some. nil means the end: of the pipe, of the
+// terminal (EIO when its last user has closed it), or of this side.
 func (o *output) read() (chunk *[]byte, n int) {
 	raw, err := o.src.SyscallConn()
 	if err != nil {
@@ -57,6 +66,7 @@ func (o *output) read() (chunk *[]byte, n int) {
 	}
 	err = raw.Read(func(fd uintptr) bool {
 		buf := chunks.Get().(*[]byte)
+		o.passing.Lock()
 		for {
 			var rerr error
 			n, rerr = unix.Read(int(fd), *buf)
@@ -67,11 +77,12 @@ func (o *output) read() (chunk *[]byte, n int) {
 				chunk = buf
 				return true
 			}
+			o.passing.Unlock()
 			chunks.Put(buf)
 			return !errors.Is(rerr, unix.EAGAIN)
 		}
 	})
-	if err != nil {
+	if err != nil && chunk == nil {
 		return nil, 0
 	}
 	return chunk, n

@@ -37,11 +37,17 @@ type program struct {
 	cgroup  string     // the directory that the program is told to make; "" where there is none
 }
 
-func newProgram(k *Keeper, id string, req *wire.Create) (_ *program, err error) {
-	p := &program{keeper: k, runtime: *req.Runtime, id: id, bundle: filepath.Join(k.bundleDir(), id)}
-	if p.runtime.Sandbox != "" {
+// programOf names the parts of a container of a runtime program.
+func (k *Keeper) programOf(id string, runtime wire.Runtime) *program {
+	p := &program{keeper: k, runtime: runtime, id: id, bundle: filepath.Join(k.bundleDir(), id)}
+	if runtime.Sandbox != "" {
 		p.member = &sandboxed{program: p, ended: make(chan struct{})}
 	}
+	return p
+}
+
+func newProgram(k *Keeper, id string, req *wire.Create) (_ *program, err error) {
+	p := k.programOf(id, *req.Runtime)
 	if err := os.MkdirAll(k.bundleDir(), 0o700); err != nil {
 		return nil, fmt.Errorf("make bundle directory: %w", err)
 	}
@@ -132,9 +138,14 @@ func (p *program) exec(x execution) (child, error) {
 		}
 	}
 	if pid, err := readPid(inside); err == nil {
-		c.signal = func(sig syscall.Signal, _ bool) error { return p.signal(sig, "--pid", strconv.Itoa(pid)) }
+		c.inside, c.signal = pid, p.signalInside(pid)
 	}
 	return c, nil
+}
+
+// signalInside signals a process that an exec has made in a sandbox.
+func (p *program) signalInside(pid int) func(syscall.Signal, bool) error {
+	return func(sig syscall.Signal, _ bool) error { return p.signal(sig, "--pid", strconv.Itoa(pid)) }
 }
 
 // spawn runs a command that leaves a process behind, which becomes the keeper's child. On an error the caller ends what

@@ -68,6 +68,8 @@ func TestTheSameByAnOCIRuntime(t *testing.T) {
 		{"daemon", TestTheDaemonIsStartedAgainAndContainersGoOn},
 		{"shutdown", TestShutdownKillsAllAndTheNextKeeperKnowsTheEnds},
 		{"killed keeper", TestAKilledKeeperLeavesNoLieOnDisk},
+		{"replaced keeper", TestAReplacedKeeperKeepsEverything},
+		{"ends and replacements", TestContainersThatEndWhileTheKeeperIsReplaced},
 	} {
 		t.Run(test.name, test.run)
 	}

@@ -98,26 +98,7 @@ func (r *run) endStrays() error {
 
 // await leaves the reaper at work: what the program deletes may be waiting to be reaped, and the program for that.
 func (r *run) await(cmd *exec.Cmd) (err error) {
-	children := r.program.keeper.children
-	pid, err := children.launch(func() (int, error) {
-		if err := startInView(cmd); err != nil {
-			return 0, err
-		}
-		return cmd.Process.Pid, nil
-	})
-	if err != nil {
-		return err
-	}
-	p, err := openProcess(pid)
-	if err == nil {
-		err = p.await()
-		p.close()
-	}
-	if err != nil {
-		_ = cmd.Process.Kill() // nothing can be known of it
-	}
-	children.collect(pid, func() { err = errors.Join(err, cmd.Wait()) })
-	return err
+	return r.program.keeper.children.runToEnd(cmd, func() error { return startInView(cmd) })
 }
 
 // execute runs the program by toItsEnd. What it starts inherits the streams; so it complains by a log of its own.

@@ -13,24 +13,17 @@ import (
 )
 
 const (
-	recordVersion = 1
-	recordSuffix  = ".json"
-
 	// lostExitCode stands for an exit that nobody saw. The CRI has no code of its own for it; 255 is what the
 	// kubelet knows from other runtimes.
 	lostExitCode = 255
 )
 
-// record is a container's file.
-type record struct {
-	Version int        `json:"version"`
-	State   wire.State `json:"state"`
+func (k *Keeper) recordPath(id string) string {
+	return filepath.Join(k.recordDir(), id+wire.RecordSuffix)
 }
 
-func (k *Keeper) recordPath(id string) string { return filepath.Join(k.recordDir(), id+recordSuffix) }
-
 func (k *Keeper) writeRecord(s wire.State) error {
-	raw, err := json.Marshal(record{Version: recordVersion, State: s})
+	raw, err := json.Marshal(wire.Record{Version: wire.RecordVersion, State: s})
 	if err != nil {
 		return fmt.Errorf("encode record: %w", err)
 	}
@@ -115,7 +108,7 @@ func writeFile(path string, raw []byte) (err error) {
 }
 
 // loadRecords takes over the records of an earlier keeper. None of those containers runs: their pid namespace
-// ended with that keeper.
+// ended with that keeper. A record that cannot be read is set aside, for people to look at.
 func (k *Keeper) loadRecords() error {
 	entries, err := os.ReadDir(k.recordDir())
 	if err != nil {
@@ -124,34 +117,27 @@ func (k *Keeper) loadRecords() error {
 	for _, e := range entries {
 		path := filepath.Join(k.recordDir(), e.Name())
 		if strings.HasSuffix(e.Name(), ".tmp") {
-			if err := os.Remove(path); err != nil {
+			if err := os.RemoveAll(path); err != nil {
 				return fmt.Errorf("remove half a record: %w", err)
 			}
 			continue
 		}
-		if !strings.HasSuffix(e.Name(), recordSuffix) {
+		if !strings.HasSuffix(e.Name(), wire.RecordSuffix) {
 			continue
 		}
 		if err := k.loadRecord(path); err != nil {
-			return fmt.Errorf("load record %s: %w", e.Name(), err)
+			aside := path + ".unreadable"
+			k.log.Error("record set aside: its container is unknown from now on", "path", aside, "cause", errors.Join(err, os.Rename(path, aside)))
 		}
 	}
 	return nil
 }
 
 func (k *Keeper) loadRecord(path string) error {
-	raw, err := os.ReadFile(path)
+	s, err := wire.ReadRecord(path)
 	if err != nil {
 		return err
 	}
-	var r record
-	if err := json.Unmarshal(raw, &r); err != nil {
-		return err
-	}
-	if r.Version != recordVersion {
-		return fmt.Errorf("version %d is not %d; remove the file", r.Version, recordVersion)
-	}
-	s := r.State
 	if !s.Exited() {
 		s.FinishedAt, s.ExitCode = time.Now(), lostExitCode
 		s.Error = "the keeper ended before the container did: its exit code is lost"

@@ -27,7 +27,7 @@ type sandboxed struct {
 	mu      sync.Mutex
 	streams stdStreams // for start: the program hands them to the sandbox then
 	gate    *os.File   // opens for the stand-in by one byte
-	standIn *exec.Cmd
+	standIn *process
 	started bool
 
 	ended chan struct{} // closed when the stand-in has ended and its status is taken
@@ -45,6 +45,11 @@ func closedWithin(ended <-chan struct{}, limit time.Duration) bool {
 	case <-ended:
 		return true
 	case <-timer.C:
+	}
+	select {
+	case <-ended:
+		return true
+	default:
 		return false
 	}
 }
@@ -81,33 +86,46 @@ func (m *sandboxed) create(r *run, s ends) (_ child, err error) {
 	if m.streams, err = s.duplicate(); err != nil {
 		return child{}, err
 	}
-	result := m.file("exit")
-	if err := m.stand(result); err != nil {
+	if err := m.stand(); err != nil {
 		return child{}, err
 	}
-	cmd := m.standIn
+	c := m.child(m.standIn.pid)
+	c.tty = tty
+	return c, nil
+}
+
+// result is the file into which the stand-in writes the exit code.
+func (m *sandboxed) result() string { return m.file("exit") }
+
+// child is the stand-in with that pid.
+func (m *sandboxed) child(pid int) child {
+	wait := waitStatus(pid)
 	collect := func() (int, error) {
-		werr := cmd.Wait()
+		status, werr := wait()
+		m.standIn.close()
 		close(m.ended)
 		var exit struct{ ExitStatus int }
-		raw, err := os.ReadFile(result)
+		raw, err := os.ReadFile(m.result())
 		if err == nil {
 			err = json.Unmarshal(raw, &exit)
 		}
 		if err == nil {
 			return exit.ExitStatus, nil
 		}
-		if status, ok := cmd.ProcessState.Sys().(syscall.WaitStatus); ok && status.Signaled() {
+		if werr == nil && status.Signaled() {
 			return exitCode(status), nil
+		}
+		if werr == nil {
+			werr = fmt.Errorf("its stand-in ended with code %d", status.ExitStatus())
 		}
 		return lostExitCode, fmt.Errorf("await container in its sandbox: %w", complaint(m.file("wait.log"), nil, errors.Join(werr, err)))
 	}
-	return child{pid: cmd.Process.Pid, collect: collect, tty: tty, signal: m.signal}, nil
+	return child{pid: pid, collect: collect, signal: m.signal}
 }
 
 // stand starts the stand-in, which writes the result into a file.
-func (m *sandboxed) stand(result string) error {
-	out, err := os.OpenFile(result, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+func (m *sandboxed) stand() error {
+	out, err := os.OpenFile(m.result(), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return fmt.Errorf("make file for the exit code: %w", err)
 	}
@@ -123,8 +141,11 @@ func (m *sandboxed) stand(result string) error {
 	if err := cmd.Start(); err != nil {
 		return errors.Join(fmt.Errorf("start stand-in: %w", err), ours.Close())
 	}
-	m.gate, m.standIn = ours, cmd
-	return nil
+	if m.standIn, err = openProcess(cmd.Process.Pid); err != nil {
+		return errors.Join(err, cmd.Process.Kill(), cmd.Wait(), ours.Close())
+	}
+	m.gate = ours
+	return cmd.Process.Release() // it is waited for by its pid, see child
 }
 
 // start holds no lock while the program runs: a container whose start hangs can be killed.
@@ -154,7 +175,7 @@ func (m *sandboxed) start(ctx context.Context, r *run) error {
 // signal has the program signal the container's processes. What has not been started has none.
 func (m *sandboxed) signal(sig syscall.Signal, all bool) error {
 	m.mu.Lock()
-	started, cmd := m.started, m.standIn
+	started, standIn := m.started, m.standIn
 	m.mu.Unlock()
 	var err error
 	if started {
@@ -171,7 +192,7 @@ func (m *sandboxed) signal(sig syscall.Signal, all bool) error {
 	}
 	// It has not been started, or its sandbox is gone or is going to be: the end must be seen all the same.
 	m.close()
-	if kerr := cmd.Process.Kill(); kerr != nil && !errors.Is(kerr, os.ErrProcessDone) {
+	if kerr := standIn.signal(syscall.SIGKILL); kerr != nil {
 		return errors.Join(err, kerr)
 	}
 	return nil
@@ -208,4 +229,12 @@ func (s stdStreams) duplicate() (d stdStreams, err error) {
 		}
 	}
 	return d, nil
+}
+
+// handsOver tells whether another keeper could go on with the container: what waits for its start has streams and a gate
+// that only this one has.
+func (m *sandboxed) handsOver(c *container) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.started || c.snapshot().Exited()
 }

@@ -36,6 +36,8 @@ var handlers = map[wire.Op]func(*call, context.Context) (wire.Reply, error){
 	wire.OpResize:    (*call).resize,
 	wire.OpReopenLog: (*call).reopenLog,
 	wire.OpUpdate:    (*call).update,
+	wire.OpRestart:   (*call).restart,
+	wire.OpReplace:   (*call).replace,
 	wire.OpList:      (*call).list,
 	wire.OpEvents:    (*call).events,
 	wire.OpShutdown:  (*call).shutdown,
@@ -48,22 +50,34 @@ func (k *Keeper) serve() {
 		if errors.Is(err, net.ErrClosed) {
 			return
 		}
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			k.swap.rest()
+			continue
+		}
 		if err != nil {
 			k.log.Error("accept call", "error", err)
 			time.Sleep(100 * time.Millisecond) // out of descriptors, most likely
 			continue
 		}
-		conn := wire.NewConn(u)
-		k.mu.Lock()
-		k.conns[conn] = struct{}{}
-		k.mu.Unlock()
-		k.tasks.Go(func() { k.handle(conn) })
+		k.begin(&call{keeper: k, conn: wire.NewConn(u)}, (*call).serve)
 	}
 }
 
-// handle serves one connection. Whatever goes wrong in it is answered, and stays in it.
-func (k *Keeper) handle(conn *wire.Conn) {
-	c := &call{keeper: k, conn: conn}
+// begin serves a call beside the caller.
+func (k *Keeper) begin(c *call, serve func(*call) (wire.Reply, error)) {
+	k.mu.Lock()
+	k.conns[c.conn] = struct{}{}
+	k.mu.Unlock()
+	k.swap.calls.enter()
+	k.tasks.Go(func() {
+		defer k.swap.calls.leave()
+		k.handle(c, serve)
+	})
+}
+
+// handle serves one call. Whatever goes wrong in it is answered, and stays in it.
+func (k *Keeper) handle(c *call, serve func(*call) (wire.Reply, error)) {
+	conn := c.conn
 	defer func() {
 		_ = conn.Close() // the peer has got its reply or is gone
 		wire.CloseFiles(c.files)
@@ -71,7 +85,7 @@ func (k *Keeper) handle(conn *wire.Conn) {
 		delete(k.conns, conn)
 		k.mu.Unlock()
 	}()
-	reply, err := c.serve()
+	reply, err := serve(c)
 	if errors.Is(err, errGone) {
 		return
 	}
@@ -224,13 +238,24 @@ func (c *call) exec(ctx context.Context) (wire.Reply, error) {
 	if err != nil {
 		return wire.Reply{}, errors.Join(errGone, s.kill())
 	}
+	return c.await(s)
+}
+
+// await waits for the end of an exec that runs. It is what goes on where the keeper is replaced.
+func (c *call) await(s *session) (wire.Reply, error) {
+	gone := c.gone()
+	c.keeper.swap.park(c, s)
 	select {
 	case <-s.exited:
-	case <-c.gone():
-		if err := s.kill(); err != nil {
-			c.keeper.log.Error("end abandoned exec", "container", c.req.ID, "error", err)
-			return wire.Reply{}, err
-		}
+	case <-gone:
+	}
+	c.keeper.swap.unpark(c)
+	if closedWithin(s.exited, 0) {
+		return wire.Reply{ExitCode: &s.code}, nil
+	}
+	if err := s.kill(); err != nil {
+		c.keeper.log.Error("end abandoned exec", "container", c.req.ID, "error", err)
+		return wire.Reply{}, err
 	}
 	return wire.Reply{ExitCode: &s.code}, nil
 }
@@ -252,7 +277,7 @@ func (c *call) attach(ctx context.Context) (wire.Reply, error) {
 	if err := c.reply(wire.Reply{}); err != nil {
 		return wire.Reply{}, errGone
 	}
-	return wire.Reply{}, a.wait(c.gone())
+	return wire.Reply{}, a.wait(c.gone(), c.keeper.swap.started())
 }
 
 func (c *call) resize(ctx context.Context) (wire.Reply, error) {
@@ -308,8 +333,19 @@ func (c *call) events(ctx context.Context) (wire.Reply, error) {
 	}
 	gone := c.gone()
 	c.keeper.tasks.Go(func() { <-gone; cancel() })
+	// Nothing is lost where it is cut off: the caller asks again for what is past the last that it has.
+	c.keeper.swap.calls.leave()
+	defer c.keeper.swap.calls.enter()
 	err := c.keeper.follow(ctx, c.req.Since, func(e wire.Event) error { return c.reply(wire.Reply{Event: &e}) })
 	return wire.Reply{}, errors.Join(errGone, err)
+}
+
+func (c *call) restart(ctx context.Context) (wire.Reply, error) {
+	return wire.Reply{}, c.keeper.restartDaemon(ctx, c.req.Program)
+}
+
+func (c *call) replace(ctx context.Context) (wire.Reply, error) {
+	return wire.Reply{}, c.keeper.replace(ctx, c) // returns only where the keeper goes on as it was
 }
 
 func (c *call) shutdown(context.Context) (wire.Reply, error) {

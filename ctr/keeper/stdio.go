@@ -65,13 +65,12 @@ func (pl *plumbing) connect(req *wire.Create, tty *os.File) *stdio {
 		if req.Stdin {
 			s.stdin = tty
 		}
-		s.stdout = newOutput(tty)
+		s.stdout = newOutput(tty, "stdout", s.log)
 	} else {
-		s.stdout, s.stderr = newOutput(pl.outs[0]), newOutput(pl.outs[1])
+		s.stdout, s.stderr = newOutput(pl.outs[0], "stdout", s.log), newOutput(pl.outs[1], "stderr", s.log)
 		pl.outs = [2]*os.File{}
-		go s.stderr.run("stderr", s.log) // ends with io.close
 	}
-	go s.stdout.run("stdout", s.log) // ends with io.close
+	s.run()
 	pl.stdio = nil
 	pl.abandon()
 	return s
@@ -83,6 +82,15 @@ func (pl *plumbing) abandon() {
 	wire.CloseFiles(pl.outs[:])
 	if pl.stdio != nil {
 		wire.CloseFiles([]*os.File{pl.stdio.stdin})
+	}
+}
+
+// run starts to copy; the goroutines end with close.
+func (s *stdio) run() {
+	for _, o := range s.outputs() {
+		if !o.finished { // under an earlier keeper
+			go o.run()
+		}
 	}
 }
 

@@ -4,10 +4,7 @@ import (
 	"context"
 	"errors"
 	"os"
-	"os/exec"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 const (
@@ -20,18 +17,44 @@ const (
 	daemonStop = 10 * time.Second
 )
 
+// supervisor keeps the daemon running. Its goroutine is superviseDaemon's, which alone reads and changes program; who
+// replaces the keeper does so while that goroutine rests, see freeze.
+type supervisor struct {
+	program  daemonProgram
+	args     []string     // after the program's name
+	restarts chan restart // taken by the goroutine, whether or not a daemon runs
+	running  *daemon      // guarded by children.mu: known processes and this one change together
+}
+
+// daemonProgram is what to start the daemon from.
+type daemonProgram struct {
+	path string
+	// file is the program itself where that at path is known to be of no use; nil where path counts.
+	file *os.File
+}
+
 // superviseDaemon keeps the daemon running until ctx ends, then ends it. States of the supervised process:
 //
 //	starting ---> up --(it ends, with whatever code)--> waiting --(back-off)--> starting
+//	               |--(restart)--> exchanged: stopped, and another program started
 //	               '--(ctx ends)--> stopping: SIGTERM, SIGKILL after daemonStop
 func (k *Keeper) superviseDaemon(ctx context.Context) {
-	if len(k.cfg.Daemon) == 0 {
+	s := &k.supervisor
+	if s.program.path == "" {
 		return
 	}
+	d := s.running // that of the keeper before
 	var wait time.Duration
 	for ctx.Err() == nil {
 		begun := time.Now()
-		err := k.runDaemon(ctx)
+		var err error
+		if d == nil {
+			d, err = k.startDaemon(s.program)
+		}
+		if err == nil {
+			err = k.awaitDaemon(ctx, d)
+			d = nil
+		}
 		if ctx.Err() != nil {
 			return
 		}
@@ -42,59 +65,31 @@ func (k *Keeper) superviseDaemon(ctx context.Context) {
 			"cause", err, "was_up", time.Since(begun).Round(time.Millisecond), "wait", wait)
 		select {
 		case <-time.After(wait):
+		case r := <-s.restarts:
+			d, err = k.exchange(nil, r.program)
+			r.done <- err
 		case <-ctx.Done():
 		}
 		wait = min(max(2*wait, backoffMin), backoffMax)
 	}
 }
 
-// runDaemon starts the daemon, with the keeper's environment and output, and returns how it ended, never nil.
-func (k *Keeper) runDaemon(ctx context.Context) error {
-	cmd := exec.Command(k.cfg.Daemon[0], k.cfg.Daemon[1:]...)
-	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
-	pid, err := k.children.launch(func() (int, error) {
-		if err := cmd.Start(); err != nil {
-			return 0, err
+// awaitDaemon returns how the daemon ended, never nil. One that is exchanged meanwhile is followed by the next.
+func (k *Keeper) awaitDaemon(ctx context.Context, d *daemon) error {
+	for {
+		select {
+		case <-d.ended:
+			return d.end
+		case <-ctx.Done():
+			k.stopDaemon(d)
+			return d.end
+		case r := <-k.supervisor.restarts:
+			next, err := k.exchange(d, r.program)
+			r.done <- err
+			if next == nil {
+				return errors.Join(d.end, err)
+			}
+			d = next
 		}
-		return cmd.Process.Pid, nil
-	})
-	if err != nil {
-		return err
 	}
-	k.log.Info("daemon started", "pid", pid)
-	p, err := openProcess(pid)
-	if err != nil {
-		_ = cmd.Process.Kill() // nothing can be known of it
-		k.children.collect(pid, func() { _ = cmd.Wait() })
-		return err
-	}
-	defer p.close()
-	ended := make(chan error, 1)
-	go func() { ended <- p.await() }()
-	select {
-	case err = <-ended:
-	case <-ctx.Done():
-		err = k.stopDaemon(p, ended)
-	}
-	k.children.collect(pid, func() { _ = cmd.Wait() }) // its error is the state's
-	return errors.Join(err, errors.New(cmd.ProcessState.String()))
-}
-
-// stopDaemon asks the daemon to end, and ends it when it does not.
-func (k *Keeper) stopDaemon(p *process, ended <-chan error) error {
-	if err := p.signal(unix.SIGTERM); err != nil {
-		k.log.Error("stop the daemon", "error", err)
-	}
-	timer := time.NewTimer(daemonStop)
-	defer timer.Stop()
-	select {
-	case err := <-ended:
-		return err
-	case <-timer.C:
-	}
-	k.log.Error("the daemon does not end in time: it is killed", "timeout", daemonStop)
-	if err := p.signal(unix.SIGKILL); err != nil {
-		k.log.Error("kill the daemon", "error", err)
-	}
-	return <-ended
 }

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -29,6 +30,22 @@ type Conn struct {
 
 // NewConn makes a Conn of a stream socket.
 func NewConn(c *net.UnixConn) *Conn { return &Conn{unix: c} }
+
+// ConnOf makes a Conn of a stream socket's descriptor, which it duplicates: f stays the caller's.
+func ConnOf(f *os.File) (*Conn, error) {
+	c, err := net.FileConn(f)
+	if err != nil {
+		return nil, fmt.Errorf("take over connection: %w", err)
+	}
+	u, ok := c.(*net.UnixConn)
+	if !ok {
+		return nil, errors.Join(fmt.Errorf("take over connection: %s is no unix socket", c.LocalAddr().Network()), c.Close())
+	}
+	return NewConn(u), nil
+}
+
+// SyscallConn gives access to the descriptor.
+func (c *Conn) SyscallConn() (syscall.RawConn, error) { return c.unix.SyscallConn() }
 
 // Close ends the call.
 func (c *Conn) Close() error { return c.unix.Close() }

@@ -11,7 +11,11 @@
 //	  |  Request (+ fds of exec, attach)    |
 //	  |------------------------------------>|
 //	  |  Reply                              |   info, create, start, kill, delete, list, resize,
-//	  |<------------------------------------|   reopenlog, update, shutdown: one reply, the end
+//	  |<------------------------------------|   reopenlog, update, restart, shutdown: one reply, the end
+//	  |                                     |
+//	  |  Reply of the new program, or of    |   replace
+//	  |  the old one where it goes on       |
+//	  |<------------------------------------|
 //	  |                                     |
 //	  |  Reply "it runs" (+ fd of its tty)  |   exec
 //	  |<------------------------------------|

@@ -24,6 +24,8 @@ const (
 	OpUpdate    Op = "update"
 	OpList      Op = "list"
 	OpEvents    Op = "events"
+	OpRestart   Op = "restart"
+	OpReplace   Op = "replace"
 	OpShutdown  Op = "shutdown"
 )
 
@@ -39,6 +41,8 @@ type Request struct {
 	Size      *Size                 `json:"size,omitempty"`
 	Since     uint64                `json:"since,omitempty"`
 	Resources *specs.LinuxResources `json:"resources,omitempty"`
+	// Program is the absolute path of what is to run from now on: as the daemon (restart), as the keeper (replace).
+	Program string `json:"program,omitempty"`
 }
 
 // Create describes the container to make.

@@ -50,7 +50,8 @@ func IDs() int {
 	return total
 }
 
-// Main runs m inside the namespaces and exits the process with the tests' code. Call it from TestMain.
+// Main runs m inside the namespaces and exits the process with the tests' code, or 1 where a test has left a goroutine.
+// Call it from TestMain.
 // Where the machine refuses a user namespace it prints the kernel's reason and exits 1: a kernel test that
 // cannot run has not passed.
 func Main(m *testing.M) {
@@ -80,7 +81,7 @@ func run(m *testing.M) error {
 		if code := m.Run(); code != 0 {
 			os.Exit(code)
 		}
-		return nil
+		return CheckGoroutines()
 	}
 }
 
