@@ -51,14 +51,17 @@ func runsByHand(t *testing.T) string {
 	t.Helper()
 	eventually(t, "the kubelet runs the pod", func() error {
 		found, err := crictlOf(alone, "ps")
-		if err != nil || !runningByHand.MatchString(found) {
-			return fmt.Errorf("%v, and there is:\n%s", err, found)
+		if err == nil && !runningByHand.MatchString(found) {
+			err = fmt.Errorf("there is:\n%s", found)
+		}
+		if err != nil {
+			return err
 		}
 		pods, err := the.coracle("enter", "--name", alone, "--", "curl", "-sk", "https://127.0.0.1:10250/pods")
-		if err != nil || !strings.Contains(pods, `"phase":"Running"`) {
-			return fmt.Errorf("%v, and the kubelet says: %s", err, pods)
+		if err == nil && !strings.Contains(pods, `"phase":"Running"`) {
+			err = fmt.Errorf("the kubelet says: %s", pods)
 		}
-		return nil
+		return err
 	})
 	id, err := crictlOf(alone, "ps", "-q")
 	if err != nil {

@@ -87,17 +87,17 @@ func TestSecondCluster(t *testing.T) {
 	want(t, in("get", "nodes"), "kube-"+other+" ")
 	in("create", "configmap", "kept", "--from-literal", "a=b")
 
-	// Both ask for one port of the host.
-	kubectl(t, "create", "service", "nodeport", "contested", "--tcp", "80", "--node-port", "31897")
+	// Both ask for one port of the host, of those that no service is given without asking.
+	kubectl(t, "create", "service", "nodeport", "contested", "--tcp", "80", "--node-port", "30042")
 	t.Cleanup(func() { kubectl(t, "delete", "service", "contested") })
 	eventually(t, "the node port is published", func() error {
-		conn, err := net.DialTimeout("tcp", "127.0.0.1:31897", time.Second)
+		conn, err := net.DialTimeout("tcp", "127.0.0.1:30042", time.Second)
 		if err == nil {
 			err = conn.Close()
 		}
 		return err
 	})
-	in("create", "service", "nodeport", "contested", "--tcp", "80", "--node-port", "31897")
+	in("create", "service", "nodeport", "contested", "--tcp", "80", "--node-port", "30042")
 	eventually(t, "the other cluster says that it is taken", func() error {
 		out := in("get", "events", "--field-selector", "involvedObject.name=contested")
 		if !strings.Contains(out, "NodePortNotPublished") || !strings.Contains(out, "address already in use") {
