@@ -200,7 +200,9 @@ func (f *frames) Write(p []byte) (int, error) {
 }
 
 // size is that of the frame whose header is in the buffer.
-func (f *frames) size() int { return frameHeader + int(f.buf[5])<<16 + int(f.buf[6])<<8 + int(f.buf[7]) }
+func (f *frames) size() int {
+	return frameHeader + int(f.buf[5])<<16 + int(f.buf[6])<<8 + int(f.buf[7])
+}
 
 func (f *frames) sent(n int, err error) (int, error) {
 	f.buf = f.buf[:0]
