@@ -15,8 +15,13 @@ import (
 // hold the pipe open for ever, and are not what was asked for.
 const outputGrace = 200 * time.Millisecond
 
-// pipeSize is what a pipe holds.
-const pipeSize = 64 << 10
+// pipeSize is what a pipe holds, and busySize what that of a process with much output gets to hold: each time that a
+// pipe is full its writer is put to sleep and woken up again. Not from the start: the kernel gives the pages of all pipes
+// of a user only up to a limit, and those made beyond it hold next to nothing (pipe(7), pipe-user-pages-soft).
+const (
+	pipeSize = 64 << 10
+	busySize = 256 << 10
+)
 
 // newPipe makes a pipe for a process of a container. Only our end is non-blocking (and so can be interrupted):
 // programs do not expect EAGAIN from their standard streams.
@@ -57,8 +62,7 @@ func interruptible(f *os.File) (*os.File, error) {
 // copyOutput copies r to w until the end, or until the deadline that the process's exit sets on r. What the
 // process wrote before it ended is copied in any case, however slow w is.
 func copyOutput(w io.Writer, r *os.File) error {
-	// Not by (*os.File).WriteTo, whose buffer is half as large as the pipe.
-	_, err := io.CopyBuffer(w, struct{ io.Reader }{r}, make([]byte, pipeSize))
+	err := copyToEnd(w, r)
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		err = copyRest(w, r)
 	}
@@ -66,6 +70,41 @@ func copyOutput(w io.Writer, r *os.File) error {
 		return nil // a terminal whose other end is closed
 	}
 	return err
+}
+
+// copyToEnd is io.Copy, with a buffer that holds what the pipe does. A read that fills it finds a busy writer.
+func copyToEnd(w io.Writer, r *os.File) error {
+	buf := make([]byte, pipeSize)
+	for widened := false; ; {
+		n, err := r.Read(buf)
+		if n > 0 {
+			if _, err := w.Write(buf[:n]); err != nil {
+				return err
+			}
+		}
+		if errors.Is(err, io.EOF) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		if n == pipeSize && !widened {
+			widened = true
+			if widen(r) == nil { // else it stays as it is: a terminal, or a user with many pipes
+				buf = make([]byte, busySize)
+			}
+		}
+	}
+}
+
+// widen lets a pipe hold busySize.
+func widen(pipe *os.File) error {
+	raw, err := pipe.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var setErr error
+	err = raw.Control(func(fd uintptr) { _, setErr = unix.FcntlInt(fd, unix.F_SETPIPE_SZ, busySize) })
+	return errors.Join(err, setErr)
 }
 
 // copyRest copies what is in the pipe now, without waiting for more.

@@ -11,24 +11,26 @@ type row struct {
 
 // The rows beside those of a pod's life, by section.
 const (
-	rowCold     = "cold start of the node to its first answer"
-	rowIdle     = "idle node, all processes, PSS"
-	rowSeccomp  = "RunPodSandbox to running, RuntimeDefault seccomp"
-	rowFifty    = "50 pods, 10 at once, until all run"
-	rowFiftyCPU = "CPU time a pod, 50 pods 10 at once"
-	rowFiftyEnd = "50 pods, 10 at once, until all are removed"
-	rowPodPSS   = "memory a pod beyond its workload, all processes, PSS"
-	rowRestart  = "daemon killed, with 50 pods, to its next answer"
-	rowFirst    = "pods 5 to 15, one after another, to running"
-	rowLast     = "pods 490 to 500, to running"
-	rowSix      = "pull of 118 MB in 6 layers"
-	rowSixCPU   = "CPU time of it"
-	rowSixMem   = "memory of it at its peak"
-	rowOne      = "pull of 1 layer of 100 MB"
-	rowOneCPU   = "CPU time of that"
-	rowOneMem   = "memory of that at its peak"
-	rowStream   = "exec stdout to a client"
-	rowLog      = "log of lines of 100 bytes"
+	rowCold      = "cold start of the node to its first answer"
+	rowIdle      = "idle node, all processes, PSS"
+	rowSeccomp   = "RunPodSandbox to running, RuntimeDefault seccomp"
+	rowFifty     = "50 pods, 10 at once, until all run"
+	rowFiftyCPU  = "CPU time a pod, 50 pods 10 at once"
+	rowFiftyEnd  = "50 pods, 10 at once, until all are removed"
+	rowPodPSS    = "memory a pod beyond its workload, all processes, PSS"
+	rowRestart   = "daemon killed, with 50 pods, to its next answer"
+	rowFirst     = "pods 5 to 15, one after another, to running"
+	rowLast      = "pods 490 to 500, to running"
+	rowSix       = "pull of 118 MB in 6 layers"
+	rowSixCPU    = "CPU time of it"
+	rowSixMem    = "memory of it at its peak"
+	rowOne       = "pull of 1 layer of 100 MB"
+	rowOneCPU    = "CPU time of that"
+	rowOneMem    = "memory of that at its peak"
+	rowStream    = "exec stdout to a client"
+	rowStreamCPU = "CPU time of the node for 1 GiB of it"
+	rowLog       = "log of lines of 100 bytes"
+	rowLogCPU    = "CPU time of the node for 1 GB of them"
 )
 
 // table is all rows, in the order in which they are printed.
@@ -49,7 +51,8 @@ func table() []row {
 		{key: listRow("PodSandboxStatus", 500), unit: "ms", most: 5}, {key: listRow("ContainerStatus", 500), unit: "ms", most: 5},
 		{key: listRow("ListContainerStats", 500), unit: "ms"}, {key: listRow("ListPodSandboxStats", 500), unit: "ms"},
 		{key: rowFirst, unit: "ms"}, {key: rowLast, unit: "ms"},
-		{key: rowStream, unit: "MB/s", more: true, most: 1000}, {key: rowLog, unit: "MB/s", more: true, most: 300},
+		{key: rowStream, unit: "MB/s", more: true, most: 1000}, {key: rowStreamCPU, unit: "ms"},
+		{key: rowLog, unit: "MB/s", more: true, most: 300}, {key: rowLogCPU, unit: "ms"},
 	}
 }
 

@@ -64,7 +64,7 @@ func (c *comparison) calls(ctx context.Context) error {
 
 // fifty runs 50 pods at the same time, asks for them, restarts the daemon and removes them.
 func (c *comparison) fifty(ctx context.Context) error {
-	for range max(1, c.rounds(5)) {
+	for range max(1, c.rounds(3)) {
 		for _, n := range c.nodes {
 			if err := c.fiftyOf(ctx, n); err != nil {
 				return fmt.Errorf("%s: %w", n.name, err)
@@ -254,22 +254,38 @@ func (c *comparison) pulledBy(ctx context.Context, n *node, p pulled, counts boo
 	return n.removeImage(ctx, n.registry+"/"+p.image)
 }
 
+// counted does something and returns what adds the CPU time that the node has used meanwhile, times a factor, to a row.
+func (c *comparison) counted(n *node, row string, times float64, do func()) (add func()) {
+	before, ok := n.cpu()
+	do()
+	after, still := n.cpu()
+	return func() {
+		if ok && still {
+			c.got.add(row, n.name, (after-before)*1000*times)
+		}
+	}
+}
+
 // streams measures what flows from a container to a client and to its log.
 func (c *comparison) streams(ctx context.Context) error {
-	for range max(1, c.rounds(5)) {
+	for range max(1, c.rounds(3)) {
 		for _, n := range c.nodes {
 			r, err := n.launch(ctx, podOptions{})
 			if err != nil {
 				return errors.Join(err, n.discard(ctx, r.pod))
 			}
-			rate, err := n.execStream(ctx, r)
+			var rate float64
+			used := c.counted(n, rowStreamCPU, 1, func() { rate, err = n.execStream(ctx, r) })
 			if err := errors.Join(err, n.end(ctx, r)); err != nil {
 				return err
 			}
+			used()
 			c.got.add(rowStream, n.name, rate)
-			if rate, err = n.logLines(ctx); err != nil {
+			used = c.counted(n, rowLogCPU, 1e9/(linesCount*linesRepeated*100), func() { rate, err = n.logLines(ctx) })
+			if err != nil {
 				return fmt.Errorf("%s: %w", n.name, err)
 			}
+			used()
 			c.got.add(rowLog, n.name, rate)
 		}
 	}
