@@ -52,14 +52,9 @@ func run(args []string) error {
 	if *dir == "" {
 		return fmt.Errorf("--runtime-dir is missing")
 	}
-	handover, err := keeper.Received()
+	handover, err := received()
 	if err != nil {
 		return err
-	}
-	if handover == nil {
-		if err := keeper.LeaveKeyring(); err != nil {
-			return err
-		}
 	}
 	level := slog.LevelInfo
 	if *verbose {
@@ -98,4 +93,14 @@ func run(args []string) error {
 		return err
 	}
 	return k.Run(ctx)
+}
+
+// received returns what the program left that ran in this process before; nil for a keeper that begins, which first of all
+// leaves the user's keys behind.
+func received() (*keeper.Handover, error) {
+	handover, err := keeper.Received()
+	if err != nil || handover != nil {
+		return handover, err
+	}
+	return nil, keeper.LeaveKeyring()
 }

@@ -102,10 +102,16 @@ func runDaemon(ctx context.Context, c config, node rootless.Node, ready *readine
 	}
 	defer func() { err = errors.Join(err, service.Close()) }()
 	server := newServer(ctx, c.GRPC, service, images.NewService(store, slices.Collect(maps.Keys(c.Handlers))...), log)
-	return serve(ctx, node, server, &http.Server{Handler: adminHandler(store), ReadHeaderTimeout: 5 * time.Second}, ready, log)
+	admin := &http.Server{Handler: adminHandler(store), ReadHeaderTimeout: 5 * time.Second}
+	return servers{cri: server, admin: admin}.serve(ctx, node, ready, log)
 }
 
-func serve(ctx context.Context, node rootless.Node, server *grpc.Server, adminServer *http.Server, ready *readiness, log *slog.Logger) error {
+type servers struct {
+	cri   *grpc.Server
+	admin *http.Server
+}
+
+func (s servers) serve(ctx context.Context, node rootless.Node, ready *readiness, log *slog.Logger) error {
 	cri, err := listenCRI(node.Socket(), log)
 	if err != nil {
 		return err
@@ -115,8 +121,8 @@ func serve(ctx context.Context, node rootless.Node, server *grpc.Server, adminSe
 		return errors.Join(err, cri.Close())
 	}
 	failed := make(chan error, 2)
-	go func() { failed <- server.Serve(cri) }()
-	go func() { failed <- adminServer.Serve(admin) }()
+	go func() { failed <- s.cri.Serve(cri) }()
+	go func() { failed <- s.admin.Serve(admin) }()
 	ready.tell(nil)
 	log.Info("serving", "endpoint", node.Endpoint(), "version", version, "pid", os.Getpid())
 	select {
@@ -125,10 +131,10 @@ func serve(ctx context.Context, node rootless.Node, server *grpc.Server, adminSe
 	case err = <-failed:
 		err = fmt.Errorf("serve: %w", err)
 	}
-	forced := time.AfterFunc(drainTimeout, server.Stop)
-	server.GracefulStop()
+	forced := time.AfterFunc(drainTimeout, s.cri.Stop)
+	s.cri.GracefulStop()
 	forced.Stop()
-	return errors.Join(err, adminServer.Close())
+	return errors.Join(err, s.admin.Close())
 }
 
 // newPodConfig gathers what the CRI service is to know of the host.

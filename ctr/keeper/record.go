@@ -127,7 +127,8 @@ func (k *Keeper) loadRecords() error {
 		}
 		if err := k.loadRecord(path); err != nil {
 			aside := path + ".unreadable"
-			k.log.Error("record set aside: its container is unknown from now on", "path", aside, "cause", errors.Join(err, os.Rename(path, aside)))
+			err = errors.Join(err, os.RemoveAll(aside), os.Rename(path, aside))
+			k.log.Error("record set aside: its container is unknown from now on", "path", aside, "cause", err)
 		}
 	}
 	return nil

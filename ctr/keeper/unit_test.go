@@ -1,6 +1,7 @@
 package keeper
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -150,9 +151,40 @@ func TestARecordIsOldOrNew(t *testing.T) {
 	if left, _ := filepath.Glob(k.recordDir() + "/*.tmp"); len(left) != 0 {
 		t.Errorf("left %v", left)
 	}
-	write("c.json", `{"version":9,"state":{}}`)
-	if err := k.loadRecords(); err == nil || !strings.Contains(err.Error(), "version 9") {
-		t.Errorf("another version: %v", err)
+}
+
+// TestARecordThatCannotBeReadIsSetAside: the others count, and the log says where it is.
+func TestARecordThatCannotBeReadIsSetAside(t *testing.T) {
+	dir := t.TempDir()
+	var log bytes.Buffer
+	k := &Keeper{cfg: Config{RuntimeDir: dir}, journal: newJournal(), containers: map[string]*container{}, log: slog.New(slog.NewTextHandler(&log, nil))}
+	if err := os.MkdirAll(filepath.Join(k.recordDir(), "directory.json", "inside"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := k.writeRecord(wire.State{ID: "a", FinishedAt: time.Now(), ExitCode: 3}); err != nil {
+		t.Fatal(err)
+	}
+	bad := map[string]string{"newer": `{"version":9,"state":{}}`, "torn": `{"version":1,"sta`, "empty": "", "noise": "\x00{]", "null": "null",
+		"other": `{"version":1,"state":{"id":"a"}}`}
+	for name, content := range bad {
+		if err := os.WriteFile(k.recordPath(name), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	bad["directory"] = ""
+	for range 2 {
+		if err := k.loadRecords(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(k.containers) != 1 || k.containers["a"].snapshot().ExitCode != 3 {
+		t.Errorf("loaded %v", k.list())
+	}
+	for name := range bad {
+		aside := k.recordPath(name) + ".unreadable"
+		if _, err := os.Lstat(aside); err != nil || !strings.Contains(log.String(), aside) {
+			t.Errorf("%s: %v; the log:\n%s", name, err, &log)
+		}
 	}
 }
 
