@@ -21,15 +21,17 @@ import (
 // Store keeps images, their layers and the containers' root filesystems under one directory. Its methods may be
 // called from many goroutines; calls for one container id must not overlap.
 type Store struct {
-	cfg     Config
-	log     *slog.Logger
-	lock    *os.File
-	boot    string
-	ids     idMaps
-	mounter mounter
-	fetch   fetching
-	meter   *meter
-	life    lifetime
+	cfg   Config
+	log   *slog.Logger
+	lock  *os.File
+	boot  string
+	ids   idMaps
+	fetch fetching
+	meter *meter
+	life  lifetime
+
+	mounterMu sync.Mutex
+	mounter   mounter // guarded by mounterMu
 
 	writeMu sync.Mutex // held over every change of image records, on disk and in the index
 	index   *index
@@ -212,12 +214,13 @@ func (s *Store) Root() string { return s.cfg.Root }
 // Info tells people how the store works here and why.
 func (s *Store) Info() map[string]string {
 	images, layers, mounts := s.index.counts()
+	m := s.mounting()
 	info := map[string]string{
-		"root": s.cfg.Root, "rootfsDriver": s.mounter.driver, "images": strconv.Itoa(images),
+		"root": s.cfg.Root, "rootfsDriver": m.driver, "images": strconv.Itoa(images),
 		"layers": strconv.Itoa(layers), "rootfs": strconv.Itoa(mounts), "mappedIDs": s.ids.String(),
 	}
-	if s.mounter.why != "" {
-		info["rootfsDriverReason"] = s.mounter.why
+	if m.why != "" {
+		info["rootfsDriverReason"] = m.why
 	}
 	return info
 }
