@@ -2,9 +2,11 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -55,6 +57,13 @@ func TestFullDisk(t *testing.T) {
 	if images, pods := n.crictl("images", "-q"), n.crictl("pods", "-q"); strings.Count(images, "\n") > 0 || pods != pod {
 		t.Errorf("images %s, pods %s", images, pods)
 	}
+	signal(t, n.daemon(), syscall.SIGKILL) // another one comes up on a full disk
+	eventually(t, 10*time.Second, "exec works again", func() error {
+		if r := n.try("exec", count, "true"); r.code != 0 {
+			return errors.New(r.errs)
+		}
+		return nil
+	})
 	before := counted()
 	eventually(t, 10*time.Second, "the container goes on", func() error {
 		if now := counted(); now < before+100 {
@@ -140,4 +149,19 @@ func pushText(t *testing.T, r *fixture.Registry, name string) string {
 		t.Fatal(err)
 	}
 	return r.Addr + "/" + name
+}
+
+// TestUpOnAFullDisk: a node that cannot start says why, and leaves nothing.
+func TestUpOnAFullDisk(t *testing.T) {
+	if !box.Inside() {
+		box.Run(t, box.Host{SmallTmp: "size=16m,nr_inodes=4000"})
+		return
+	}
+	h := newHome(t)
+	free := nstest.Fill(t, "/tmp")
+	if r := h.coracle("up"); r.code == 0 || !strings.Contains(r.errs, "no space left on device") {
+		t.Errorf("coracle up on a full disk: exit code %d\n%s%s", r.code, r.out, r.errs)
+	}
+	free()
+	h.up("default")
 }

@@ -30,6 +30,6 @@
 // layers they need, and Open reads them back.
 //
 // Lock order: Store.writeMu (one change of the records at a time; held while writing to disk), then Store.mu (the
-// index in memory; never held while waiting for the disk, except for renames). The locks of a flightGroup and of the
-// meter stand alone. Reads take Store.mu for reading and return copies.
+// index in memory; never held while waiting for the disk, except for renames). The locks of a flightGroup, of the
+// meter and of the mounter stand alone. Reads take Store.mu for reading and return copies.
 package images

@@ -111,6 +111,28 @@ func TestRemovingMakesRoom(t *testing.T) {
 	pull(t, s, h.host+"/app:2")
 }
 
+// TestAStoreIsOpenedOnAFullDisk: a daemon that comes back there serves what is, and takes no worse driver for want of room.
+func TestAStoreIsOpenedOnAFullDisk(t *testing.T) {
+	dir := t.TempDir()
+	nstest.Small(t, dir, "size=2m,nr_inodes=1000")
+	h, s := newHub(t), openStore(t, Config{Root: filepath.Join(dir, "images")})
+	h.push(t, "app:1", imageOf(t, gzipLayer(t, file("f", "x"))))
+	pull(t, s, h.host+"/app:1")
+	waitSynced(t, s)
+	driver := s.Info()["rootfsDriver"]
+	free := nstest.Fill(t, dir)
+	s = reopen(t, s)
+	if _, err := s.Get(h.host + "/app:1"); err != nil {
+		t.Error(err)
+	}
+	full(t, s, "", func() error { _, err := s.MountRootfs(context.Background(), "c1", h.host+"/app:1"); return err })
+	free()
+	mount(t, s, "c1", h.host+"/app:1")
+	if info := s.Info(); info["rootfsDriver"] != driver || info["rootfsDriverReason"] != "" && driver == driverOverlay {
+		t.Errorf("driver %q was %q: %s", info["rootfsDriver"], driver, info["rootfsDriverReason"])
+	}
+}
+
 // TestNoRoomForTheSecondRecord: a tag that moves takes two records, and the disk has room for one.
 func TestNoRoomForTheSecondRecord(t *testing.T) {
 	dir := t.TempDir()

@@ -107,12 +107,12 @@ func (s *Store) mountImage(ctx context.Context, kind, id, image string) (string,
 	for _, l := range layers {
 		lowers = append(lowers, filepath.Join(s.layerDir(l.DiffID), "diff"))
 	}
-	key := kind + "/" + id
-	if err := s.makeMountDir(key, kind == kindRootfs, img); err != nil {
+	key, m := kind+"/"+id, s.mounting()
+	if err := s.makeMountDir(key, m.driver, kind == kindRootfs, img); err != nil {
 		return "", s.full(err)
 	}
 	u := undo{func() error { return s.unmountImage(kind, id) }}
-	if err := s.mounter.mount(ctx, s.path(key), lowers, kind == kindRootfs); err != nil {
+	if err := m.mount(ctx, s.path(key), lowers, kind == kindRootfs); err != nil {
 		return "", s.full(u.run(err))
 	}
 	crash.Point("images/mounted")
@@ -122,7 +122,7 @@ func (s *Store) mountImage(ctx context.Context, kind, id, image string) (string,
 // makeMountDir makes the directory of a mount with its record, at once: a crash leaves all of it or nothing. It is
 // not synced, since neither survives a restart of the machine: the overlay is mounted "volatile", whose upper
 // directory must not be used again when it was not unmounted.
-func (s *Store) makeMountDir(key string, writable bool, img *imageRecord) error {
+func (s *Store) makeMountDir(key, driver string, writable bool, img *imageRecord) error {
 	if s.index.mount(key) != nil {
 		return ErrExists
 	}
@@ -146,7 +146,7 @@ func (s *Store) makeMountDir(key string, writable bool, img *imageRecord) error 
 			return u.run(err)
 		}
 	}
-	rec := &rootfsRecord{Version: recordVersion, Image: img.ID, Layers: img.Layers, Fix: img.Fix, Driver: s.mounter.driver}
+	rec := &rootfsRecord{Version: recordVersion, Image: img.ID, Layers: img.Layers, Fix: img.Fix, Driver: driver}
 	if err := writeUnsynced(filepath.Join(tmp, "rootfs.json"), rec); err != nil {
 		return u.run(err)
 	}

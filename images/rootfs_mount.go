@@ -27,6 +27,18 @@ type mounter struct {
 	why    string // why it is not the first choice
 	fuse   string // path of the program
 	old    bool   // mount(2) instead of the calls of Linux 6.5
+	// undecided: there was no room to try, which says nothing of the drivers. It is chosen when a mount is wanted.
+	undecided bool
+}
+
+// mounting returns the store's mounter.
+func (s *Store) mounting() mounter {
+	s.mounterMu.Lock()
+	defer s.mounterMu.Unlock()
+	if s.mounter.undecided {
+		s.mounter = chooseMounter(s)
+	}
+	return s.mounter
 }
 
 // chooseMounter tries the drivers where the store is: an upper directory on overlayfs (a node inside a container)
@@ -43,6 +55,10 @@ func chooseMounter(s *Store) mounter {
 		err = errors.Join(oldErr, err)
 	}
 	if err == nil {
+		return m
+	}
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		m.undecided, m.why = true, "not tried yet: "+s.full(err).Error()
 		return m
 	}
 	why := "the kernel's overlayfs does not work at " + s.cfg.Root + ": " + err.Error()

@@ -29,12 +29,14 @@ type Store struct {
 	lock    *os.File
 	boot    string
 	ids     idMaps
-	mounter mounter
 	fetch   fetching
 	meter   *meter
 	life    lifetime
 	keep    func(layerDir string) bool // tells Open which layers a container has
 	hasKept atomic.Bool                // there are layers that were put aside, see putAside
+
+	mounterMu sync.Mutex
+	mounter   mounter // guarded by mounterMu
 
 	writeMu sync.Mutex // held over every change of image records, on disk and in the index
 	index   *index
@@ -235,12 +237,13 @@ func (s *Store) Root() string { return s.cfg.Root }
 // Info tells people how the store works here and why.
 func (s *Store) Info() map[string]string {
 	images, layers, mounts := s.index.counts()
+	m := s.mounting()
 	info := map[string]string{
-		"root": s.cfg.Root, "rootfsDriver": s.mounter.driver, "images": strconv.Itoa(images),
+		"root": s.cfg.Root, "rootfsDriver": m.driver, "images": strconv.Itoa(images),
 		"layers": strconv.Itoa(layers), "rootfs": strconv.Itoa(mounts), "mappedIDs": s.ids.String(),
 	}
-	if s.mounter.why != "" {
-		info["rootfsDriverReason"] = s.mounter.why
+	if m.why != "" {
+		info["rootfsDriverReason"] = m.why
 	}
 	return info
 }
