@@ -24,19 +24,21 @@ type inProcess struct {
 	dir  string // libcontainer's own of this container
 	lc   *libcontainer.Container
 	init *libcontainer.Process
+
+	filters *filterStore
 }
 
-func newInProcess(stateDir, id string, spec *specs.Spec) (*inProcess, error) {
+func newInProcess(k *Keeper, id string, spec *specs.Spec) (*inProcess, error) {
 	init, err := newProcess(spec.Process)
 	if err != nil {
 		return nil, err
 	}
 	init.Init = true
-	lc, err := newLibcontainer(stateDir, id, spec)
+	lc, err := newLibcontainer(k.stateDir(), id, spec)
 	if err != nil {
 		return nil, err
 	}
-	return &inProcess{id: id, dir: filepath.Join(stateDir, id), lc: lc, init: init}, nil
+	return &inProcess{id: id, dir: filepath.Join(k.stateDir(), id), lc: lc, init: init, filters: &k.filters}, nil
 }
 
 func (e *inProcess) create(s ends) (child, error) { return e.launch(e.init, s) }
@@ -62,6 +64,9 @@ func (e *inProcess) launch(p *libcontainer.Process, s ends) (child, error) {
 		defer wire.CloseFiles([]*os.File{console, p.ConsoleSocket})
 	} else {
 		s.give(p)
+	}
+	if filter := e.filters.use(e.lc.Config().Seccomp); filter != nil {
+		p.ExtraFiles = []*os.File{filter} // filters.Fd
 	}
 	if err := e.lc.Start(p); err != nil {
 		return child{}, err

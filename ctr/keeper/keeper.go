@@ -3,6 +3,7 @@ package keeper
 import (
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -41,6 +42,7 @@ type Keeper struct {
 	journal  *journal
 	listener *net.UnixListener
 	tasks    sync.WaitGroup // calls and container watchers
+	filters  filterStore    // compiled seccomp profiles
 	help     sync.Map       // what commands of runtime programs say of themselves, see run.takes
 
 	stopped  context.Context // ended by stop: Run is to end
@@ -63,6 +65,7 @@ func Open(cfg Config) (*Keeper, error) {
 	k := &Keeper{cfg: cfg, log: cfg.Log, bootID: hex.EncodeToString(boot[:]),
 		children: newChildren(cfg.Log), journal: newJournal(),
 		containers: map[string]*container{}, conns: map[*wire.Conn]struct{}{}}
+	k.filters = filterStore{keeper: k, kept: map[[sha256.Size]byte]*os.File{}}
 	k.stopped, k.stop = context.WithCancel(context.Background())
 	k.callCtx, k.endCalls = context.WithCancel(context.Background())
 	if err := os.MkdirAll(k.recordDir(), 0o700); err != nil {
@@ -128,6 +131,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 	<-serveDone
 	if err == nil {
 		k.tasks.Wait() // else some watcher never ends, nor would this; the node's end ends the process it waits for
+		k.filters.close()
 	}
 	stopReaper()
 	<-reaperDone

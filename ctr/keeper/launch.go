@@ -15,11 +15,12 @@ import (
 	_ "github.com/opencontainers/runc/libcontainer/nsenter"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/coracle-cri/coracle/ctr/keeper/filters"
 	"github.com/coracle-cri/coracle/ctr/wire"
 )
 
 // Init turns this process into a container's init when libcontainer has started it as one: it executes this same
-// program with the argument "init". Likewise into a stand-in (see sandboxed). Else it returns. Call it from an init
+// program with the argument "init". Likewise into a stand-in (see sandboxed), and into what compiles a seccomp profile. Else it returns. Call it from an init
 // function of the main package.
 //
 // It also keeps the main goroutine on the main thread for good. While it creates a container, libcontainer moves
@@ -28,7 +29,11 @@ import (
 // shows that instead of the keeper's.
 func Init() {
 	if len(os.Args) > 1 && os.Args[1] == "init" {
+		filters.Use()
 		libcontainer.Init() // does not return
+	}
+	if len(os.Args) > 1 && os.Args[1] == filterArg {
+		recordFilter() // does not return
 	}
 	if len(os.Args) > 1 && os.Args[1] == standInArg {
 		standIn(os.Args[2:]) // does not return

@@ -152,6 +152,7 @@ func makeRootfs(root string) error {
 type node struct {
 	*ctr.Client
 	t       *testing.T
+	keeper  *keeper.Keeper
 	dir     string
 	log     *lockedBuffer
 	end     func()
@@ -203,7 +204,7 @@ func openNode(t *testing.T, dir string, daemon ...string) *node {
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- k.Run(ctx) }()
-	return &node{Client: ctr.NewClient(filepath.Join(dir, keeper.SocketName)), t: t, dir: dir, log: logs, runtime: runtimeOfTests,
+	return &node{Client: ctr.NewClient(filepath.Join(dir, keeper.SocketName)), t: t, keeper: k, dir: dir, log: logs, runtime: runtimeOfTests,
 		end: sync.OnceFunc(func() {
 			cancel()
 			if err := <-ended; err != nil {
