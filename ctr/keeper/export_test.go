@@ -24,3 +24,13 @@ func (k *Keeper) KeptFilters() (kept int) {
 	}
 	return kept
 }
+
+// BornInItsCgroup tells whether a container's init was made by birth.
+func (k *Keeper) BornInItsCgroup(id string) bool {
+	c, err := k.lookup(context.Background(), id)
+	if err != nil {
+		return false
+	}
+	e, inProcess := c.engine.(*inProcess)
+	return inProcess && e.born != nil
+}

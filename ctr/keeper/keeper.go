@@ -43,7 +43,8 @@ type Keeper struct {
 	listener *net.UnixListener
 	tasks    sync.WaitGroup // calls and container watchers
 	filters  filterStore    // compiled seccomp profiles
-	help     sync.Map       // what commands of runtime programs say of themselves, see run.takes
+	sealed   sealedProgram
+	help     sync.Map // what commands of runtime programs say of themselves, see run.takes
 
 	stopped  context.Context // ended by stop: Run is to end
 	stop     context.CancelFunc
@@ -132,6 +133,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 	if err == nil {
 		k.tasks.Wait() // else some watcher never ends, nor would this; the node's end ends the process it waits for
 		k.filters.close()
+		k.sealed.close()
 	}
 	stopReaper()
 	<-reaperDone

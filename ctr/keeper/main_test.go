@@ -164,6 +164,9 @@ func (n *node) Create(ctx context.Context, r ctr.CreateRequest) (ctr.State, erro
 	if r.Runtime == nil {
 		r.Runtime = n.runtime
 	}
+	if inCgroups && r.Spec != nil && r.Spec.Linux != nil && r.Spec.Linux.CgroupsPath == "" {
+		r.Spec.Linux.CgroupsPath = "/of-test-" + r.ID
+	}
 	return n.Client.Create(ctx, r)
 }
 
