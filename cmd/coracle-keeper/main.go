@@ -11,6 +11,7 @@ import (
 	"syscall"
 
 	"github.com/coracle-cri/coracle/cgroupv2"
+	"github.com/coracle-cri/coracle/cmd/settle"
 	"github.com/coracle-cri/coracle/ctr/keeper"
 )
 
@@ -81,5 +82,6 @@ func run(args []string) error {
 	if err != nil {
 		return err
 	}
+	settle.Soon(log)
 	return k.Run(ctx)
 }

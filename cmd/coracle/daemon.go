@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/coracle-cri/coracle/cgroupv2"
+	"github.com/coracle-cri/coracle/cmd/settle"
 	"github.com/coracle-cri/coracle/ctr"
 	"github.com/coracle-cri/coracle/images"
 	"github.com/coracle-cri/coracle/netslirp"
@@ -107,6 +108,7 @@ func serve(ctx context.Context, node rootless.Node, server *grpc.Server, adminSe
 	failed := make(chan error, 2)
 	go func() { failed <- server.Serve(cri) }()
 	go func() { failed <- adminServer.Serve(admin) }()
+	settle.Soon(log)
 	log.Info("serving", "endpoint", node.Endpoint(), "version", version, "pid", os.Getpid())
 	select {
 	case <-ctx.Done():
