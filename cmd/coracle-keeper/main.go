@@ -82,6 +82,6 @@ func run(args []string) error {
 	if err != nil {
 		return err
 	}
-	settle.Soon(log)
+	settle.InQuiet(log)
 	return k.Run(ctx)
 }

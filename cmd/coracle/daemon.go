@@ -108,7 +108,7 @@ func serve(ctx context.Context, node rootless.Node, server *grpc.Server, adminSe
 	failed := make(chan error, 2)
 	go func() { failed <- server.Serve(cri) }()
 	go func() { failed <- adminServer.Serve(admin) }()
-	settle.Soon(log)
+	settle.InQuiet(log)
 	log.Info("serving", "endpoint", node.Endpoint(), "version", version, "pid", os.Getpid())
 	select {
 	case <-ctx.Done():

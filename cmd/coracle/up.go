@@ -171,7 +171,7 @@ func runLocked(interrupted context.Context, c config, node rootless.Node, out io
 	if err := passNohup(); err != nil {
 		return err
 	}
-	settle.Soon(slog.Default())
+	settle.InQuiet(slog.Default())
 	return node.RunParent(rootless.ParentOptions{Network: networkDriver, Ports: portDriver,
 		Evacuate: delegation.Path != "", Debug: c.Log.Level == "debug"})
 }
@@ -319,7 +319,7 @@ func runChild(s *settings, c config, node rootless.Node) error {
 	}
 	command = append(command, "--", self, "daemon")
 	command = append(command, s.args(c)...)
-	settle.Soon(slog.Default())
+	settle.InQuiet(slog.Default())
 	return rootless.RunChild(rootless.ChildOptions{Network: networkDriver, Ports: portDriver, CopyUp: c.CopyUp,
 		Command: command, Debug: c.Log.Level == "debug"})
 }

@@ -15,17 +15,48 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// after is when a start is over, also on a busy machine. What comes later only costs what it gives back.
-const after = 2 * time.Second
+// A process settles when it has worked for more than worked since it did so last, and for less than rested in the last
+// period. A start is over within the first one, also on a busy machine.
+const (
+	period = 10 * time.Second
+	first  = 2 * time.Second
+	worked = 50 * time.Millisecond
+	rested = 20 * time.Millisecond
+)
 
-// Soon settles this process in a moment, once.
-func Soon(log *slog.Logger) {
-	time.AfterFunc(after, func() {
-		debug.FreeOSMemory()
-		if err := dropProgram("/proc/self/exe"); err != nil {
-			log.Debug("memory is not given back", "err", err)
+// InQuiet settles this process soon after its start, and again whenever it has worked and rests.
+func InQuiet(log *slog.Logger) {
+	go func() {
+		time.Sleep(first)
+		settle(log)
+		settled := cpuTime()
+		for last := settled; ; {
+			time.Sleep(period)
+			now := cpuTime()
+			if now-settled > worked && now-last < rested {
+				settle(log)
+				now = cpuTime()
+				settled = now
+			}
+			last = now
 		}
-	})
+	}()
+}
+
+func settle(log *slog.Logger) {
+	debug.FreeOSMemory()
+	if err := dropProgram("/proc/self/exe"); err != nil {
+		log.Debug("memory is not given back", "err", err)
+	}
+}
+
+// cpuTime is what all threads have used.
+func cpuTime() time.Duration {
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_PROCESS_CPUTIME_ID, &now); err != nil {
+		return 0 // it never settles again
+	}
+	return time.Duration(now.Nano())
 }
 
 // dropProgram unmaps the pages of this process's program, which come back from the page cache when they are used: a
