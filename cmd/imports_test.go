@@ -35,9 +35,10 @@ var below = map[string][]string{
 // within lists, for a package with neighbours in its folder, those that it may import: the wire is the seam of the
 // process boundary, and neither end may reach across it.
 var within = map[string][]string{
-	"ctr":        {"ctr/wire"},
-	"ctr/wire":   {},
-	"ctr/keeper": {"ctr/wire"},
+	"ctr":                {"ctr/wire"},
+	"ctr/wire":           {},
+	"ctr/keeper/filters": {},
+	"ctr/keeper":         {"ctr/wire", "ctr/keeper/filters"},
 }
 
 // forbidden names what must not be reached, directly or not, from the packages that the keeper consists of.

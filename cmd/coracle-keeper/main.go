@@ -11,6 +11,7 @@ import (
 	"syscall"
 
 	"github.com/coracle-cri/coracle/cgroupv2"
+	"github.com/coracle-cri/coracle/cmd/settle"
 	"github.com/coracle-cri/coracle/ctr/keeper"
 )
 
@@ -92,6 +93,7 @@ func run(args []string) error {
 	if err != nil {
 		return err
 	}
+	settle.InQuiet(log)
 	return k.Run(ctx)
 }
 

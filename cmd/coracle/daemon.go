@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/coracle-cri/coracle/cgroupv2"
+	"github.com/coracle-cri/coracle/cmd/settle"
 	"github.com/coracle-cri/coracle/ctr"
 	"github.com/coracle-cri/coracle/images"
 	"github.com/coracle-cri/coracle/netslirp"
@@ -124,6 +125,7 @@ func (s servers) serve(ctx context.Context, node rootless.Node, ready *readiness
 	go func() { failed <- s.cri.Serve(cri) }()
 	go func() { failed <- s.admin.Serve(admin) }()
 	ready.tell(nil)
+	settle.InQuiet(log)
 	log.Info("serving", "endpoint", node.Endpoint(), "version", version, "pid", os.Getpid())
 	select {
 	case <-ctx.Done():

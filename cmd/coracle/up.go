@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/coracle-cri/coracle/cgroupv2"
+	"github.com/coracle-cri/coracle/cmd/settle"
 	"github.com/coracle-cri/coracle/netslirp"
 	"github.com/coracle-cri/coracle/pod"
 	"github.com/coracle-cri/coracle/rootless"
@@ -171,6 +172,7 @@ func runLocked(interrupted context.Context, c config, node rootless.Node, out io
 	if err := passNohup(); err != nil {
 		return err
 	}
+	settle.InQuiet(slog.Default())
 	return node.RunParent(rootless.ParentOptions{Network: networkDriver, Ports: portDriver,
 		Evacuate: delegation.Path != "", Debug: c.Log.Level == "debug"})
 }
@@ -334,6 +336,7 @@ func runChild(s *settings, c config, node rootless.Node) error {
 	}
 	command = append(command, "--", self, "daemon")
 	command = append(command, s.args(c)...)
+	settle.InQuiet(slog.Default())
 	return rootless.RunChild(rootless.ChildOptions{Network: networkDriver, Ports: portDriver, CopyUp: c.CopyUp,
 		Command: command, Debug: c.Log.Level == "debug"})
 }

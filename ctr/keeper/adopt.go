@@ -142,7 +142,7 @@ func (k *Keeper) adoptContainer(h *handedContainer) error {
 func (c *container) adoptEngine(h *handedEngine) error {
 	k := c.keeper
 	if h.Runtime == nil {
-		e, err := loadInProcess(k.stateDir(), c.id)
+		e, err := loadInProcess(k, c.id, h.Born)
 		switch {
 		case err == nil:
 			c.engine = e

@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"sync"
 	"sync/atomic"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -30,8 +31,9 @@ type children struct {
 	skipped   atomic.Bool   // a look was put off
 	poke      chan struct{} // capacity 1
 
-	mu    sync.Mutex
-	known map[int]struct{}
+	mu      sync.Mutex
+	known   map[int]struct{}
+	blocked bool // one of known is dead, and dead orphans behind it cannot be seen until it is collected
 }
 
 func newChildren(log *slog.Logger) *children {
@@ -61,6 +63,10 @@ func (c *children) collect(pid int, wait func()) {
 	defer c.mu.Unlock()
 	wait()
 	delete(c.known, pid)
+	if c.blocked {
+		c.blocked = false
+		c.look()
+	}
 }
 
 // runToEnd starts a command that leaves no process behind, and waits for its end.
@@ -108,7 +114,7 @@ func (c *children) run(ctx context.Context) {
 	signal.Notify(died, unix.SIGCHLD)
 	defer signal.Stop(died)
 	for {
-		c.reapOrphans()
+		c.reapDead()
 		select {
 		case <-died:
 		case <-c.poke:
@@ -119,13 +125,53 @@ func (c *children) run(ctx context.Context) {
 	}
 }
 
-func (c *children) reapOrphans() {
+// quietly runs reap while no launch is under way; else the end of the launch pokes.
+func (c *children) quietly(reap func()) {
 	c.skipped.Store(true)
 	if !c.launching.TryLock() {
-		return // the end of the launch pokes
+		return
 	}
 	c.skipped.Store(false)
 	defer c.launching.Unlock()
+	reap()
+}
+
+// reapDead reaps orphans that are dead, as waitid(2) shows them, one at a time and without taking it. It shows the same
+// one again, so that where that is an own child it goes on when the child has been collected, which is at once. To list
+// all children, as reapOrphans does, costs more with each thread and each container.
+func (c *children) reapDead() {
+	c.quietly(func() {
+		for {
+			var dead unix.Siginfo
+			err := unix.Waitid(unix.P_ALL, 0, &dead, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT|unix.WALL, nil)
+			pid := int(*(*int32)(unsafe.Add(unsafe.Pointer(&dead), siginfoPid)))
+			if errors.Is(err, unix.EINTR) {
+				continue
+			}
+			if err != nil || pid == 0 || c.awaits(pid) {
+				return // no child, none that is dead, or not ours to take
+			}
+			c.reap(pid)
+		}
+	})
+}
+
+// siginfoPid is where si_pid is on 64-bit machines: three ints, padding, and then what depends on the signal.
+const siginfoPid = 16
+
+// awaits tells whether a dead child is somebody's, whose collecting makes the reaper look again.
+func (c *children) awaits(pid int) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	_, own := c.known[pid]
+	c.blocked = c.blocked || own
+	return own
+}
+
+// reapOrphans looks at every child.
+func (c *children) reapOrphans() { c.quietly(c.reapAll) }
+
+func (c *children) reapAll() {
 	pids, err := childPids()
 	if err != nil {
 		c.log.Error("find orphans", "error", err)
@@ -144,7 +190,7 @@ func (c *children) reap(pid int) {
 		return
 	}
 	var status unix.WaitStatus
-	_, _ = unix.Wait4(pid, &status, unix.WNOHANG, nil) // lives, is a zombie, or is no child of ours: all fine
+	_, _ = unix.Wait4(pid, &status, unix.WNOHANG|unix.WALL, nil) // lives, is a zombie, or is no child of ours: all fine
 }
 
 // childPids lists the direct children of every thread of the keeper.

@@ -25,7 +25,7 @@
 //
 // Locks, in the order in which they are taken: container.op (one operation: start, update and delete exclude each
 // other and the start of an exec), children.launching, container.record, Keeper.mu, container.mu, sandboxed.mu,
-// children.mu, journal.mu, output.mu, logFile.mu, sink.mu. Only container.op and children.launching are held while
+// children.mu, journal.mu, output.mu, logFile.mu, sink.mu, filterStore.mu. Only container.op and children.launching are held while
 // other processes work.
 //
 // Waiting is done by pidfds in Go's network poller: no thread per container, and never wait4(-1), which would take

@@ -34,7 +34,7 @@ func (k *Keeper) newEngine(id string, req *wire.Create) (engine, error) {
 	if req.Runtime != nil {
 		return newProgram(k, id, req)
 	}
-	return newInProcess(k.stateDir(), id, req.Spec)
+	return newInProcess(k, id, req.Spec)
 }
 
 // ends are what a process gets as its standard streams: a terminal, or these files, of which nil is /dev/null.

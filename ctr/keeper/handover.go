@@ -83,6 +83,7 @@ type handedContainer struct {
 type handedEngine struct {
 	Runtime *wire.Runtime `json:"runtime,omitempty"`
 	Cgroup  string        `json:"cgroup,omitempty"`
+	Born    bool          `json:"born,omitempty"` // its processes are made by birth
 }
 
 type handedStdio struct {

@@ -38,6 +38,9 @@ func (k *Keeper) handOver(c *call) (*Handover, error) {
 		if p, ok := c.engine.(*program); ok && p.member != nil && !p.member.handsOver(c) {
 			errs = append(errs, fmt.Errorf("container %s is just being started: try again", c.id))
 		}
+		if e, ok := c.engine.(*inProcess); ok && e.born != nil {
+			errs = append(errs, e.born.save(e.dir, e.id, c.init.start))
+		}
 		h.Containers = append(h.Containers, c.handed(number))
 	}
 	k.swap.guard.Lock()
@@ -84,7 +87,7 @@ func (c *container) handed(number func(handle) int) *handedContainer {
 	switch e := c.engine.(type) {
 	case nil: // of an earlier keeper, or taken away
 	case *inProcess:
-		h.Engine = &handedEngine{Cgroup: c.member.cgroup}
+		h.Engine = &handedEngine{Cgroup: c.member.cgroup, Born: e.born != nil}
 	case *unloaded:
 		h.Engine = &handedEngine{Cgroup: e.cgroup}
 	case *program:

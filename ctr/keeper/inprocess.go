@@ -20,48 +20,69 @@ import (
 
 // inProcess is the default engine: libcontainer, linked into the keeper.
 type inProcess struct {
-	id   string
-	dir  string // libcontainer's own of this container
-	lc   *libcontainer.Container
-	init *libcontainer.Process
+	keeper *Keeper
+	id     string
+	dir    string // libcontainer's own of this container
+	lc     *libcontainer.Container
+	init   *libcontainer.Process
+	born   *born // where its processes are made by birth; nil where libcontainer makes them
 }
 
-func newInProcess(stateDir, id string, spec *specs.Spec) (*inProcess, error) {
+func newInProcess(k *Keeper, id string, spec *specs.Spec) (*inProcess, error) {
 	init, err := newProcess(spec.Process)
 	if err != nil {
 		return nil, err
 	}
 	init.Init = true
-	lc, err := newLibcontainer(stateDir, id, spec)
+	lc, err := newLibcontainer(k.stateDir(), id, spec)
 	if err != nil {
 		return nil, err
 	}
-	return &inProcess{id: id, dir: filepath.Join(stateDir, id), lc: lc, init: init}, nil
+	return &inProcess{keeper: k, id: id, dir: filepath.Join(k.stateDir(), id), lc: lc, init: init}, nil
 }
 
 // loadInProcess finds a container again of which a keeper before has left libcontainer's state.
-func loadInProcess(stateDir, id string) (*inProcess, error) {
-	lc, err := libcontainer.Load(stateDir, id)
+func loadInProcess(k *Keeper, id string, byBirth bool) (*inProcess, error) {
+	lc, err := libcontainer.Load(k.stateDir(), id)
 	if err != nil {
 		return nil, fmt.Errorf("load container: %w", err)
 	}
-	return &inProcess{id: id, dir: filepath.Join(stateDir, id), lc: lc}, nil
+	e := &inProcess{keeper: k, id: id, dir: filepath.Join(k.stateDir(), id), lc: lc}
+	if byBirth {
+		err = e.rebear()
+	}
+	return e, err
 }
 
-func (e *inProcess) create(s ends) (child, error) { return e.launch(e.init, s) }
+func (e *inProcess) create(s ends) (child, error) {
+	config := e.lc.Config()
+	if !plainBirth(&config) {
+		return e.launch(e.init, s, e.byLibcontainer)
+	}
+	c, err := e.launch(e.init, s, func(p *libcontainer.Process) (child, error) { return e.bear(&config, p) })
+	if errors.Is(err, errNotPlain) {
+		e.keeper.log.Debug("a container is made by libcontainer alone", "container", e.id, "why", err)
+		return e.launch(e.init, s, e.byLibcontainer)
+	}
+	return c, err
+}
 
 func (e *inProcess) exec(x execution) (child, error) {
 	p, err := newProcess(x.process)
 	if err != nil {
 		return child{}, err
 	}
+	if e.born != nil {
+		return e.launch(p, x.ends, func(p *libcontainer.Process) (child, error) { return e.bearExec(p, x.cgroup) })
+	}
 	if x.cgroup != "" {
 		p.SubCgroupPaths = map[string]string{"": filepath.Base(x.cgroup)}
 	}
-	return e.launch(p, x.ends)
+	return e.launch(p, x.ends, e.byLibcontainer)
 }
 
-func (e *inProcess) launch(p *libcontainer.Process, s ends) (child, error) {
+// launch has start make a process with these streams.
+func (e *inProcess) launch(p *libcontainer.Process, s ends, start func(*libcontainer.Process) (child, error)) (child, error) {
 	var console *os.File
 	if s.tty {
 		var err error
@@ -72,6 +93,23 @@ func (e *inProcess) launch(p *libcontainer.Process, s ends) (child, error) {
 	} else {
 		s.give(p)
 	}
+	if filter := e.keeper.filters.use(e.lc.Config().Seccomp); filter != nil {
+		p.ExtraFiles = []*os.File{filter} // filters.Fd
+	}
+	c, err := start(p)
+	if err != nil {
+		return child{}, err
+	}
+	if s.tty {
+		if c.tty, err = receiveConsole(console); err != nil {
+			return child{}, errors.Join(err, c.abort())
+		}
+	}
+	return c, nil
+}
+
+// byLibcontainer makes a process as libcontainer does.
+func (e *inProcess) byLibcontainer(p *libcontainer.Process) (child, error) {
 	if err := e.lc.Start(p); err != nil {
 		return child{}, err
 	}
@@ -79,19 +117,13 @@ func (e *inProcess) launch(p *libcontainer.Process, s ends) (child, error) {
 	if err != nil {
 		return child{}, err
 	}
-	c := child{pid: pid, collect: func() (int, error) {
+	return child{pid: pid, collect: func() (int, error) {
 		state, err := p.Wait()
 		if state == nil {
 			return lostExitCode, err
 		}
 		return exitCode(state.Sys().(syscall.WaitStatus)), nil
-	}}
-	if s.tty {
-		if c.tty, err = receiveConsole(console); err != nil {
-			return child{}, errors.Join(err, c.abort())
-		}
-	}
-	return c, nil
+	}}, nil
 }
 
 // give makes the streams the process's own.
@@ -152,7 +184,12 @@ func (e *inProcess) update(r *specs.LinuxResources) error {
 	group.Resources.Devices = updated.Resources.Devices
 	updated.Resources = group.Resources
 	config.Cgroups = &updated
-	if err := e.lc.Set(config); err != nil {
+	if e.born != nil {
+		err = e.born.cgroup.Set(updated.Resources) // libcontainer does not know that it runs
+	} else {
+		err = e.lc.Set(config)
+	}
+	if err != nil {
 		return fmt.Errorf("set resources: %w", err)
 	}
 	return nil

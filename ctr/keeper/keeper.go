@@ -3,6 +3,7 @@ package keeper
 import (
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -44,6 +45,8 @@ type Keeper struct {
 	listener *net.UnixListener
 	tasks    sync.WaitGroup // calls and container watchers
 	swap     swap
+	filters  filterStore // compiled seccomp profiles
+	sealed   sealedProgram
 	help     sync.Map // what commands of runtime programs say of themselves, see run.takes
 
 	supervisor supervisor
@@ -62,6 +65,7 @@ type Keeper struct {
 func newKeeper(cfg Config) *Keeper {
 	k := &Keeper{cfg: cfg, log: cfg.Log, children: newChildren(cfg.Log), journal: newJournal(), swap: newSwap(),
 		containers: map[string]*container{}, conns: map[*wire.Conn]struct{}{}}
+	k.filters = filterStore{keeper: k, kept: map[[sha256.Size]byte]*os.File{}}
 	k.stopped, k.stop = context.WithCancel(context.Background())
 	k.callCtx, k.endCalls = context.WithCancel(context.Background())
 	k.supervisor.restarts = make(chan restart)
@@ -153,6 +157,8 @@ func (k *Keeper) Run(ctx context.Context) error {
 	<-serveDone
 	if err == nil {
 		k.tasks.Wait() // else some watcher never ends, nor would this; the node's end ends the process it waits for
+		k.filters.close()
+		k.sealed.close()
 	}
 	stopReaper()
 	<-reaperDone

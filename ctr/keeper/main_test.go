@@ -176,6 +176,7 @@ func makeRootfs(root string) error {
 type node struct {
 	*ctr.Client
 	t       *testing.T
+	keeper  *keeper.Keeper
 	dir     string
 	log     *lockedBuffer
 	end     func()
@@ -186,6 +187,9 @@ type node struct {
 func (n *node) Create(ctx context.Context, r ctr.CreateRequest) (ctr.State, error) {
 	if r.Runtime == nil {
 		r.Runtime = n.runtime
+	}
+	if inCgroups && r.Spec != nil && r.Spec.Linux != nil && r.Spec.Linux.CgroupsPath == "" {
+		r.Spec.Linux.CgroupsPath = "/of-test-" + r.ID
 	}
 	return n.Client.Create(ctx, r)
 }
@@ -227,7 +231,7 @@ func openNode(t *testing.T, dir string, daemon ...string) *node {
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- k.Run(ctx) }()
-	return &node{Client: ctr.NewClient(filepath.Join(dir, keeper.SocketName)), t: t, dir: dir, log: logs, runtime: runtimeOfTests,
+	return &node{Client: ctr.NewClient(filepath.Join(dir, keeper.SocketName)), t: t, keeper: k, dir: dir, log: logs, runtime: runtimeOfTests,
 		end: sync.OnceFunc(func() {
 			cancel()
 			if err := <-ended; err != nil {

@@ -14,6 +14,9 @@ import (
 // runtimeOfTests is what newNode's containers run by; nil is libcontainer in the keeper.
 var runtimeOfTests *ctr.Runtime
 
+// inCgroups gives a cgroup to each container of newNode's that asks for none.
+var inCgroups bool
+
 // crun finds crun, which `make test` installs.
 func crun(t *testing.T) *ctr.Runtime {
 	t.Helper()
@@ -27,52 +30,70 @@ func crun(t *testing.T) *ctr.Runtime {
 	return &ctr.Runtime{Path: path}
 }
 
+// said is what is said of every container, whoever makes its processes.
+var said = []struct {
+	name string
+	run  func(*testing.T)
+}{
+	{"lifecycle", TestAContainerIsCreatedStartedEndedAndDeleted},
+	{"signals", TestSignalsReachTheContainer},
+	{"created", TestACreatedContainerCanBeKilledAndDeleted},
+	{"cannot start", TestWhatCannotStartSaysWhyAndLeavesNothing},
+	{"events", TestEventsAreReplayedInOrder},
+	{"node's pid namespace", TestProcessesOfASharedPidNamespaceEndWithTheirContainer},
+	{"pod's pid namespace", TestAPodsPidNamespaceOutlivesOneContainer},
+	{"orphans", TestOrphansAreReapedAndNoStatusIsStolen},
+	{"held pipe", TestAnExitIsToldThoughAnotherProcessHoldsThePipe},
+	{"exec", TestExecHasItsStreamsAndExitCode},
+	{"user", TestAUserThatIsNotRootCanOpenItsStreams},
+	{"exec that cannot start", TestExecThatCannotStartSaysWhy},
+	{"exec in a terminal", TestExecHasATerminalThatResizes},
+	{"exec given up", TestAGivenUpExecIsKilledWithAllItsProcesses},
+	{"background", TestWhatAnExecLeavesInTheBackgroundGoesOn},
+	{"execs end", TestExecsEndWithTheirContainer},
+	{"execs race", TestExecsRaceWithTheEndOfTheirContainer},
+	{"cgroup", TestACgroupTellsTheProcessesOfAContainer},
+	{"exec's cgroup", TestAnExecHasACgroupOfItsOwn},
+	{"update", TestUpdateSetsAllLimitsOrNone},
+	{"attach", TestAttachReadsAndWrites},
+	{"stdin once", TestStdinOnceClosesStdinWithTheFirstAttach},
+	{"slow reader", TestAnAttachedReaderThatStopsDoesNotStopTheLog},
+	{"terminal", TestAContainerHasATerminal},
+	{"log lines", TestLongAndUnendedLinesArePartial},
+	{"rotation", TestRotationLosesAndDoublesNoLine},
+	{"full disk", TestAFullDiskStopsTheLogAndNotTheContainer},
+	{"no log", TestNoLogIsKeptWhereNoneIsAskedFor},
+	{"keys", TestContainersTakeNothingOfTheKeyQuota},
+	{"propagation", TestMountsPropagateAsTheSpecSays},
+	{"daemon", TestTheDaemonIsStartedAgainAndContainersGoOn},
+	{"shutdown", TestShutdownKillsAllAndTheNextKeeperKnowsTheEnds},
+	{"killed keeper", TestAKilledKeeperLeavesNoLieOnDisk},
+	{"replaced keeper", TestAReplacedKeeperKeepsEverything},
+	{"ends and replacements", TestContainersThatEndWhileTheKeeperIsReplaced},
+}
+
 // TestTheSameByAnOCIRuntime runs what is said of libcontainer's containers on those of a runtime program.
 func TestTheSameByAnOCIRuntime(t *testing.T) {
 	runtimeOfTests = crun(t)
 	defer func() { runtimeOfTests = nil }()
-	for _, test := range []struct {
-		name string
-		run  func(*testing.T)
-	}{
-		{"lifecycle", TestAContainerIsCreatedStartedEndedAndDeleted},
-		{"signals", TestSignalsReachTheContainer},
-		{"created", TestACreatedContainerCanBeKilledAndDeleted},
-		{"cannot start", TestWhatCannotStartSaysWhyAndLeavesNothing},
-		{"events", TestEventsAreReplayedInOrder},
-		{"node's pid namespace", TestProcessesOfASharedPidNamespaceEndWithTheirContainer},
-		{"pod's pid namespace", TestAPodsPidNamespaceOutlivesOneContainer},
-		{"orphans", TestOrphansAreReapedAndNoStatusIsStolen},
-		{"held pipe", TestAnExitIsToldThoughAnotherProcessHoldsThePipe},
-		{"exec", TestExecHasItsStreamsAndExitCode},
-		{"user", TestAUserThatIsNotRootCanOpenItsStreams},
-		{"exec that cannot start", TestExecThatCannotStartSaysWhy},
-		{"exec in a terminal", TestExecHasATerminalThatResizes},
-		{"exec given up", TestAGivenUpExecIsKilledWithAllItsProcesses},
-		{"background", TestWhatAnExecLeavesInTheBackgroundGoesOn},
-		{"execs end", TestExecsEndWithTheirContainer},
-		{"execs race", TestExecsRaceWithTheEndOfTheirContainer},
-		{"cgroup", TestACgroupTellsTheProcessesOfAContainer},
-		{"exec's cgroup", TestAnExecHasACgroupOfItsOwn},
-		{"update", TestUpdateSetsAllLimitsOrNone},
-		{"attach", TestAttachReadsAndWrites},
-		{"stdin once", TestStdinOnceClosesStdinWithTheFirstAttach},
-		{"slow reader", TestAnAttachedReaderThatStopsDoesNotStopTheLog},
-		{"terminal", TestAContainerHasATerminal},
-		{"log lines", TestLongAndUnendedLinesArePartial},
-		{"rotation", TestRotationLosesAndDoublesNoLine},
-		{"full disk", TestAFullDiskStopsTheLogAndNotTheContainer},
-		{"no log", TestNoLogIsKeptWhereNoneIsAskedFor},
-		{"keys", TestContainersTakeNothingOfTheKeyQuota},
-		{"propagation", TestMountsPropagateAsTheSpecSays},
-		{"daemon", TestTheDaemonIsStartedAgainAndContainersGoOn},
-		{"shutdown", TestShutdownKillsAllAndTheNextKeeperKnowsTheEnds},
-		{"killed keeper", TestAKilledKeeperLeavesNoLieOnDisk},
-		{"replaced keeper", TestAReplacedKeeperKeepsEverything},
-		{"ends and replacements", TestContainersThatEndWhileTheKeeperIsReplaced},
-	} {
+	for _, test := range said {
 		t.Run(test.name, test.run)
 	}
+}
+
+// TestTheSameInACgroup runs it on containers that have a cgroup, and so are made by birth.
+func TestTheSameInACgroup(t *testing.T) {
+	delegated(t)
+	inCgroups = true
+	defer func() { inCgroups = false }()
+	for _, test := range said {
+		if test.name != "killed keeper" { // nobody else takes its cgroups away
+			t.Run(test.name, test.run)
+		}
+	}
+	t.Run("seccomp", TestKeptFiltersFilter)
+	t.Run("seccomp profiles", TestEachProfileHasItsOwnFilter)
+	t.Run("hooks", TestHooksOfACreationAreRun)
 }
 
 // TestARuntimeThatFailsSaysWhyAndLeavesNothing: programs that are none, or break what they promise.

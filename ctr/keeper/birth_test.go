@@ -1,0 +1,83 @@
+package keeper_test
+
+import (
+	"encoding/json"
+	"os"
+	"os/exec"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+)
+
+// TestTheConversationIsTheOneOfThisVersion: birth speaks with libcontainer's init as libcontainer's other half of this
+// version does. With another one, compare its process_linux.go, container_linux.go (newParentProcess, bootstrapData,
+// newInitConfig), init_linux.go, setns_init_linux.go, sync.go and message_linux.go before the version is changed here.
+func TestTheConversationIsTheOneOfThisVersion(t *testing.T) {
+	raw, err := exec.Command("go", "list", "-m", "-json", "github.com/opencontainers/runc").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var module struct{ Version string }
+	if err := json.Unmarshal(raw, &module); err != nil {
+		t.Fatal(err)
+	}
+	if module.Version != "v1.5.2" {
+		t.Errorf("runc is %s, and birth was written for v1.5.2", module.Version)
+	}
+}
+
+// TestAContainerIsBornInItsCgroup: the init, what it starts and an exec are in the container's cgroup, which is the root
+// of its cgroup namespace, and see all processors; its limits are set.
+func TestAContainerIsBornInItsCgroup(t *testing.T) {
+	delegated(t)
+	n := newNode(t)
+	s := inCgroup(sh("cat /proc/self/cgroup | grep ^0:; grep Cpus_allowed_list /proc/self/status; sleep 100"), "/c1")
+	s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.CgroupNamespace})
+	s.Linux.Resources = &specs.LinuxResources{Unified: map[string]string{"cgroup.max.depth": "7"}}
+	pid := n.create("c1", s).Pid
+	if !n.keeper.BornInItsCgroup("c1") {
+		t.Error("libcontainer has made it")
+	}
+	if depth, err := os.ReadFile("/sys/fs/cgroup/c1/cgroup.max.depth"); err != nil || strings.TrimSpace(string(depth)) != "7" {
+		t.Errorf("limit %q, %v", depth, err)
+	}
+	n.start("c1")
+	eventually(t, "two lines", func() bool { return len(n.lines("c1")) == 2 })
+	lines := n.lines("c1")
+	if !strings.HasSuffix(lines[0], " 0::/") {
+		t.Errorf("in its own view its cgroup is %q", lines[0])
+	}
+	if strings.HasSuffix(lines[1], "\t0") {
+		t.Errorf("processors: %q", lines[1])
+	}
+	procs, err := os.ReadFile("/sys/fs/cgroup/c1/cgroup.procs")
+	if err != nil || !slices.Contains(strings.Fields(string(procs)), strconv.Itoa(pid)) {
+		t.Errorf("processes in the cgroup: %q, %v; want %d", procs, err, pid)
+	}
+	if code := n.execCode("c1", "/bin/sh", "-c", "grep '^0::/exec-' /proc/self/cgroup"); code != 0 {
+		t.Errorf("an exec is not in its cgroup: %d", code)
+	}
+	n.delete("c1")
+}
+
+// TestWhatIsNotPlainIsMadeByLibcontainer: with hooks, and without a cgroup.
+func TestWhatIsNotPlainIsMadeByLibcontainer(t *testing.T) {
+	delegated(t)
+	n := newNode(t)
+	hooked := inCgroup(sh("exit 3"), "/hooked")
+	hooked.Hooks = &specs.Hooks{CreateRuntime: []specs.Hook{{Path: "/bin/true"}}}
+	for id, s := range map[string]*specs.Spec{"hooked": hooked, "nowhere": sh("exit 3")} {
+		n.create(id, s)
+		if n.keeper.BornInItsCgroup(id) {
+			t.Errorf("%s: it is born", id)
+		}
+		n.start(id)
+		if got := n.exit(id).ExitCode; got != 3 {
+			t.Errorf("%s: exit %d", id, got)
+		}
+		n.delete(id)
+	}
+}
