@@ -24,6 +24,8 @@ type manager interface {
 	group(ctx context.Context) (string, error)
 	// startScope makes the transient scope and moves the process into it. It returns when that is done.
 	startScope(ctx context.Context, name, description string, pid int) error
+	// attach moves the process into a cgroup below that of a unit which delegates.
+	attach(ctx context.Context, unit, below string, pid int) error
 	close()
 }
 

@@ -3,6 +3,7 @@ package cgroupv2
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -17,11 +18,17 @@ type fakeSystemd struct {
 	controllers string
 	refusal     error
 	started     []string
+	attached    []string
 	closed      int
 }
 
 func (f *fakeSystemd) group(context.Context) (string, error) { return f.own, nil }
 func (f *fakeSystemd) close()                                { f.closed++ }
+
+func (f *fakeSystemd) attach(_ context.Context, unit, below string, pid int) error {
+	f.attached = append(f.attached, fmt.Sprintf("%s %s %d", unit, below, pid))
+	return f.refusal
+}
 
 func (f *fakeSystemd) startScope(_ context.Context, name, _ string, _ int) error {
 	if f.refusal != nil {
@@ -192,5 +199,35 @@ func TestBusAddresses(t *testing.T) {
 	env = map[string]string{"XDG_RUNTIME_DIR": "/tmp/a b", "DBUS_SESSION_BUS_ADDRESS": "autolaunch:"}
 	if got := busAddresses(func(k string) string { return env[k] }, 7); !slices.Equal(got, []string{"unix:path=/tmp/a%20b/bus", "unix:path=/run/user/7/bus"}) {
 		t.Errorf("%q", got)
+	}
+}
+
+// TestJoin: who may write both places moves by itself, else the user's systemd is asked, if the node is in a unit.
+func TestJoin(t *testing.T) {
+	if os.Getuid() == 0 {
+		t.Skip("root may write everything; to run this test: scripts/as-user.sh make test-unit")
+	}
+	h, fake := session(t, "cpuset cpu io memory pids")
+	unit := "/sys/fs/cgroup/user.slice/user-1000.slice/user@1000.service/app.slice/coracle-x-1.scope"
+	node := unit + "/coracle-x"
+	procs := filepath.Join(h.root, node, supervisor, procsFile)
+	if err := errors.Join(os.MkdirAll(filepath.Dir(procs), 0o755), os.WriteFile(procs, nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.join(node); err != nil || len(fake.attached) > 0 {
+		t.Errorf("%v, attached %q", err, fake.attached)
+	}
+	if moved, err := os.ReadFile(procs); err != nil || string(moved) != self {
+		t.Errorf("%s holds %q, %v", procs, moved, err)
+	}
+	if err := os.Chmod(procs, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.join(node); err != nil || len(fake.attached) != 1 || fake.attached[0] != fmt.Sprintf("coracle-x-1.scope /coracle-x/supervisor %d", os.Getpid()) {
+		t.Errorf("%v, attached %q", err, fake.attached)
+	}
+	fake.refusal = errors.New("access denied")
+	if err := h.join(node); err == nil {
+		t.Error("a refusal of systemd's is no error")
 	}
 }

@@ -81,6 +81,10 @@ func TestDelegation(t *testing.T) {
 			}
 		}
 	}
+	// What is started inside is the node's in every account, wherever its user's shell is.
+	if in := n.inside("sh", "-c", "[ ! -d /sys/fs/cgroup/pods ] || cat /proc/self/cgroup"); in != "" && !strings.Contains(in, "0::/supervisor\n") {
+		t.Errorf("a command inside the node is in the cgroup %q", in)
+	}
 	n.down()
 }
 

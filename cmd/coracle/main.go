@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 
 	"github.com/spf13/cobra"
 
+	"github.com/coracle-cri/coracle/cgroupv2"
 	"github.com/coracle-cri/coracle/rootless"
 )
 
@@ -68,12 +70,20 @@ func enterCommand(s *settings) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			err = node.Enter(args)
+			err = node.Enter(joinCgroup, args)
 			if errors.Is(err, rootless.ErrDown) {
 				return fmt.Errorf("node %s is not up; to start it, run: coracle up --detach%s", node.Name, nameFlag(node))
 			}
 			return err
 		},
+	}
+}
+
+// joinCgroup brings this process into the node's cgroup, for what counts there. The command does without where that is
+// not to be had, as where a login session and a unit of root's have nothing in common.
+func joinCgroup(path string) {
+	if err := cgroupv2.Join(path); err != nil {
+		slog.Debug("the command stays in the cgroup that it comes from", "err", err)
 	}
 }
 

@@ -58,7 +58,16 @@ evictionHard: {memory.available: 100Mi, nodefs.available: 1Mi, imagefs.available
 // startRootful starts both, by sudo.
 func startRootful(t *testing.T) *rootful {
 	t.Helper()
-	r := &rootful{dir: filepath.Join(t.TempDir(), "rootful")}
+	dir, err := os.MkdirTemp("/tmp", "cr-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &rootful{dir: dir}
+	t.Cleanup(func() {
+		if out, err := exec.Command("sudo", "rm", "-rf", "--one-file-system", dir).CombinedOutput(); err != nil {
+			t.Logf("%v: %s", err, out)
+		}
+	})
 	r.manifests = filepath.Join(r.dir, "manifests")
 	if err := os.MkdirAll(r.manifests, 0o755); err != nil {
 		t.Fatal(err)
