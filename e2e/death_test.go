@@ -112,10 +112,10 @@ func (n *node) recorded(code int) error {
 
 type deadNode struct {
 	*node
-	image                  string
-	missed                 bool // the daemon did not see the end of "late"
-	pod, done, runs, late  string
-	finished, started, log string
+	image                 string
+	missed                bool // the daemon did not see the end of "late"
+	pod, done, runs, late string
+	finished, started     string
 }
 
 func (d *deadNode) populate() {

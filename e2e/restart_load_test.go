@@ -11,12 +11,12 @@ import (
 
 // TestRestartsUnderLoad swaps the keeper and the daemon again and again while pods are made, run to their ends, executed in
 // and removed. Calls may fail while a daemon is exchanged; nothing else may: no exit code is wrong, no line is lost or
-// doubled, nothing is left, and the keeper holds no more descriptors in the end. It takes two minutes:
+// doubled, nothing is left, and the keeper holds no more descriptors in the end. It takes some ten seconds:
 //
 //	CORACLE_E2E_FAULTS=1 make e2e RUN=TestRestartsUnderLoad
 func TestRestartsUnderLoad(t *testing.T) {
 	if os.Getenv("CORACLE_E2E_FAULTS") == "" {
-		t.Skip("it takes two minutes; to run it: CORACLE_E2E_FAULTS=1 make e2e RUN=TestRestartsUnderLoad")
+		t.Skip("it takes long; to run it: CORACLE_E2E_FAULTS=1 make e2e RUN=TestRestartsUnderLoad")
 	}
 	u := newUpgrade(t)
 	u.letEnd()

@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/coracle-cri/coracle/ctr"
 	"github.com/coracle-cri/coracle/rootless"
 )
 
@@ -81,6 +82,15 @@ func printDaemon(ctx context.Context, node rootless.Node, verbose bool, w io.Wri
 	if err != nil {
 		return err
 	}
+	v, err := client.Version(ctx, &runtimeapi.VersionRequest{})
+	if err != nil {
+		return err
+	}
+	keeper, err := ctr.NewClient(node.KeeperSocket()).Info(ctx)
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(w, "programs\tdaemon %s, keeper %s\n", v.RuntimeVersion, keeper.Version)
 	for _, c := range status.Status.Conditions {
 		word := "no"
 		if c.Status {

@@ -134,6 +134,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 	defer context.AfterFunc(ctx, k.stop)()
 	if h := k.cfg.Handover; h != nil {
 		k.goOn(h)
+		k.cfg.Handover = nil
 	}
 
 	reaperDone := make(chan struct{})

@@ -224,15 +224,14 @@ func (h *Handover) execute(program *os.File, path string) error {
 	if _, err := state.Write(raw); err != nil {
 		return fmt.Errorf("write state: %w", err)
 	}
-	defer h.inherit(false)
 	if err := h.inherit(true); err != nil {
-		return err
+		return errors.Join(err, h.inherit(false))
 	}
 	args := append([]string{path}, os.Args[1:]...)
 	err = control(program, func(held int) error {
 		return syscall.Exec(fmt.Sprintf("/proc/self/fd/%d", held), args, append(os.Environ(), fmt.Sprintf("%s=%d", handoverEnv, fd)))
 	})
-	return fmt.Errorf("execute %s: %w", path, err)
+	return errors.Join(fmt.Errorf("execute %s: %w", path, err), h.inherit(false))
 }
 
 // inherit lets the descriptors pass through execve(2), or not.
