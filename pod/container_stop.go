@@ -98,7 +98,7 @@ func (s *Service) removeContainerLocked(ctx context.Context, c *container) error
 	if err := s.sweepContainer(ctx, &c.spec); err != nil {
 		return fmt.Errorf("remove container %s: %w", id, err)
 	}
-	if err := remove(s.store.history.path(id), s.store.containerSpecPath(id)); err != nil {
+	if err := errors.Join(s.store.history.remove(id), remove(s.store.containerSpecPath(id))); err != nil {
 		return fmt.Errorf("remove container %s: %w", id, err)
 	}
 	s.index.dropContainer(c)
