@@ -31,24 +31,47 @@ var pauseLayout = struct {
 	dirs    []string
 }{"pause", []string{"dev", "proc"}}
 
+// pauseMode is the program's: everybody may execute it, and nobody write.
+const pauseMode = 0o555
+
 // EnsurePause makes dir the read-only root filesystem of pause for this machine's architecture. It may be called
-// while pods use it: the program is replaced by rename, and only where it differs.
+// while pods use it: the program is replaced by rename, and only where it differs. What is in the place of something of
+// it and is of another kind goes.
 func EnsurePause(dir string) error {
 	dir = filepath.Clean(dir)
 	program, err := pauseELF(runtime.GOARCH)
 	if err != nil {
 		return err
 	}
-	for _, d := range append([]string{"."}, pauseLayout.dirs...) {
+	for _, d := range append([]string{""}, pauseLayout.dirs...) {
+		if err := makeWay(filepath.Join(dir, d), true); err != nil {
+			return err
+		}
 		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
 			return fmt.Errorf("make root filesystem of pause: %w", err)
 		}
 	}
 	path := filepath.Join(dir, pauseLayout.program)
-	if have, err := os.ReadFile(path); err != nil || !bytes.Equal(have, program) {
+	if err := errors.Join(makeWay(path, false), makeWay(dir+".tmp", false)); err != nil {
+		return err
+	}
+	info, err := os.Stat(path)
+	if have, rerr := os.ReadFile(path); err != nil || rerr != nil || info.Mode().Perm() != pauseMode || !bytes.Equal(have, program) {
 		if err := writeProgram(dir, path, program); err != nil {
 			return fmt.Errorf("write pause: %w", err)
 		}
+	}
+	return nil
+}
+
+// makeWay removes what is at path where that is a directory and should be none, or the other way round.
+func makeWay(path string, directory bool) error {
+	info, err := os.Lstat(path)
+	if err != nil || info.IsDir() == directory {
+		return nil // not there, most likely; else the next step says why it cannot be used
+	}
+	if err := os.RemoveAll(path); err != nil {
+		return fmt.Errorf("make way for pause: %w", err)
 	}
 	return nil
 }
@@ -62,7 +85,7 @@ func writeProgram(dir, path string, program []byte) error {
 		return err
 	}
 	_, err = f.Write(program)
-	err = errors.Join(err, f.Chmod(0o555), f.Sync(), f.Close())
+	err = errors.Join(err, f.Chmod(pauseMode), f.Sync(), f.Close())
 	if err == nil {
 		err = os.Rename(temporary, path)
 	}

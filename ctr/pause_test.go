@@ -84,6 +84,21 @@ func TestEnsurePauseWritesAReadOnlyRootWithNothingElse(t *testing.T) {
 	if after, err := os.Stat(filepath.Join(dir, "pause")); err != nil || !os.SameFile(before, after) {
 		t.Error("the same program was written again")
 	}
+	path := filepath.Join(dir, "pause")
+	for name, damage := range map[string]func() error{
+		"mode":                func() error { return os.Chmod(path, 0) },
+		"directory":           func() error { return errors.Join(os.Remove(path), os.MkdirAll(filepath.Join(path, "in"), 0o700)) },
+		"temporary directory": func() error { return errors.Join(os.Remove(path), os.MkdirAll(filepath.Join(dir+".tmp", "in"), 0o700)) },
+		"root":                func() error { return errors.Join(os.RemoveAll(dir), os.WriteFile(dir, nil, 0o600)) },
+		"proc": func() error {
+			return errors.Join(os.Remove(filepath.Join(dir, "proc")), os.WriteFile(filepath.Join(dir, "proc"), nil, 0o600))
+		},
+	} {
+		if err := damage(); err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		check()
+	}
 	if err := os.Chmod(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}

@@ -34,7 +34,7 @@ var damages = map[string]func(path string, old []byte) error{
 // TestDamagedFiles damages each file of a node that has pods, in each way, and kills the daemon. It comes up again, serves
 // what is left, and says in the log what it has set aside; the other pod does not notice; and what is left of the victim
 // can be removed, whole. It takes every file that a node has, so that none is forgotten. Without CORACLE_E2E_FAULTS it is
-// a sample, in which each file and each damage is.
+// a sample, in which each damage is and every third file; the packages' own tests have the others.
 func TestDamagedFiles(t *testing.T) {
 	registry := newRegistry(t, fixture.RegistryOptions{})
 	d := &damaged{image: pushBusybox(t, registry)}
@@ -57,7 +57,7 @@ func TestDamagedFiles(t *testing.T) {
 	count := 0
 	for i, file := range slices.Sorted(maps.Keys(files)) {
 		for j, name := range names {
-			if !whole && (i+j)%len(names) != 0 {
+			if !whole && (i%3 != 0 || (i/3+j)%len(names) != 0) {
 				continue
 			}
 			count++

@@ -103,8 +103,16 @@ func fsync(path string) error {
 	return nil
 }
 
-// sweep removes what is of no container, and tells which containers it knows.
-func (h *history) sweep(known func(id string) bool) error {
+// remove forgets a container, also where something else is in the place of its file.
+func (h *history) remove(id string) error {
+	if err := os.RemoveAll(h.path(id)); err != nil {
+		return fmt.Errorf("remove history: %w", err)
+	}
+	return nil
+}
+
+// sweep removes what is of no container, and sets aside what is in the way of a file.
+func (h *history) sweep(known func(id string) bool, setAside func(path string, cause error)) error {
 	entries, err := os.ReadDir(h.dir)
 	if err != nil {
 		return fmt.Errorf("list history: %w", err)
@@ -113,7 +121,9 @@ func (h *history) sweep(known func(id string) bool) error {
 	for _, e := range entries {
 		id, ok := recordID(e)
 		if ok && !known(id) {
-			errs = append(errs, remove(h.path(id)))
+			errs = append(errs, h.remove(id))
+		} else if ok && e.IsDir() {
+			setAside(h.path(id), errors.New("it is a directory"))
 		}
 	}
 	return errors.Join(errs...)

@@ -170,7 +170,7 @@ func (s *Service) sweep(ctx context.Context, boot string) {
 	s.log("sweep history", "", s.store.history.sweep(func(id string) bool {
 		c, _ := s.index.observed(id)
 		return c != nil
-	}))
+	}, s.store.setAside))
 	s.sweepDirs("pods", func(dir string) error { return errors.Join(unmountPodDir(dir), s.sweepCgroup(dir)) })
 	s.sweepDirs("containers", func(dir string) error { return unpin(filepath.Join(dir, "pid")) })
 	s.log("reconcile network", "", s.deps.Network.Reconcile(ctx, livePods))
