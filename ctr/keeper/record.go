@@ -33,8 +33,9 @@ func (k *Keeper) writeRecord(s wire.State) error {
 	return nil
 }
 
+// removeRecord removes whatever is in the place of the record: else the container could not be deleted.
 func (k *Keeper) removeRecord(id string) error {
-	if err := os.Remove(k.recordPath(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := os.RemoveAll(k.recordPath(id)); err != nil {
 		return fmt.Errorf("remove record: %w", err)
 	}
 	return nil
