@@ -76,8 +76,9 @@ func (c *container) caughtUp() bool {
 	return true
 }
 
+// removeRecord removes whatever is in the place of the record: else the container could not be deleted.
 func (k *Keeper) removeRecord(id string) error {
-	if err := os.Remove(k.recordPath(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := os.RemoveAll(k.recordPath(id)); err != nil {
 		return fmt.Errorf("remove record: %w", err)
 	}
 	return nil

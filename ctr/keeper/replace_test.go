@@ -3,6 +3,7 @@ package keeper_test
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -287,6 +288,10 @@ func TestDamagedStateOfAContainerDoesNotStopTheReplacement(t *testing.T) {
 	if err := os.WriteFile(state, []byte("{"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	record := filepath.Join(n.dir, "keeper/c1.json") // of which there is no more to be had
+	if err := errors.Join(os.Remove(record), os.MkdirAll(filepath.Join(record, "inside"), 0o700)); err != nil {
+		t.Fatal(err)
+	}
 	for range 2 {
 		n.replace()
 	}
@@ -297,7 +302,7 @@ func TestDamagedStateOfAContainerDoesNotStopTheReplacement(t *testing.T) {
 		t.Errorf("exec: %v", err)
 	}
 	n.endAndDelete("c1")
-	if left, _ := filepath.Glob(n.dir + "/keeper/*/c1"); len(left) != 0 {
+	if left, _ := filepath.Glob(n.dir + "/keeper/*/c1*"); len(left) != 0 || exists(record) {
 		t.Errorf("left %v", left)
 	}
 }
