@@ -54,7 +54,7 @@ func TestDamagedFiles(t *testing.T) {
 	}
 	names := slices.Sorted(maps.Keys(damages))
 	whole := os.Getenv("CORACLE_E2E_FAULTS") != ""
-	count := 0
+	count, ran := 0, 0 // a pattern may choose some of them
 	for i, file := range slices.Sorted(maps.Keys(files)) {
 		for j, name := range names {
 			if !whole && (i%3 != 0 || (i/3+j)%len(names) != 0) {
@@ -63,13 +63,14 @@ func TestDamagedFiles(t *testing.T) {
 			count++
 			t.Run(name+" "+strings.ReplaceAll(file, "/", " "), func(t *testing.T) {
 				d.t, d.home.t = t, t
+				ran++
 				d.try1(count, file, name)
 			})
 			d.t, d.home.t = t, t
 		}
 	}
-	t.Logf("%d files of %d kinds of damage: %d tried", len(files), len(names), count)
-	if log := d.logged(); !strings.Contains(log, "set aside") {
+	t.Logf("%d files of %d kinds of damage: %d tried", len(files), len(names), ran)
+	if log := d.logged(); ran == count && !strings.Contains(log, "set aside") {
 		t.Errorf("nothing was set aside:\n%s", tail(log, 20))
 	}
 	d.crictl("rmp", "--all", "--force")
