@@ -16,8 +16,14 @@ faults: ## what happens when things break, at length, as an ordinary user; RUN=T
 	@scripts/setup.sh --demo
 	@scripts/as-user.sh make faults-here RUN='$(RUN)'
 
+# Some tests of other packages have a long form, too.
+LONG := ^(TestDamagedFiles|TestDamagedState|TestRestartsUnderLoad)$$
+
+faults-here: export CORACLE_E2E_FAULTS := 1
 faults-here: build-faults
 	@$(INFAULTS) -timeout 60m -run '$(RUN)' ./e2e/faults
+	@$(if $(filter .,$(RUN)),$(GO) test -v -count=1 -tags "$(LEAN) $(KEEPER)" -timeout 30m -run '$(LONG)' ./netslirp)
+	@$(if $(filter .,$(RUN)),$(MAKE) e2e RUN='$(LONG)')
 
 # The same in short, which is part of `make test`.
 faults-short: build-faults
