@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -302,9 +303,7 @@ func TestRestartKeeper(t *testing.T) {
 
 	// The daemon is watched as before.
 	old := u.daemon()
-	if err := exec.Command("kill", "-9", strconv.Itoa(old)).Run(); err != nil {
-		t.Fatal(err)
-	}
+	signal(t, old, syscall.SIGKILL)
 	eventually(t, 10*time.Second, "a daemon answers again", func() error {
 		if r := u.try("version"); r.code != 0 || u.daemon() == old {
 			return fmt.Errorf("exit code %d: %s", r.code, r.errs)
