@@ -197,9 +197,15 @@ func (c *cluster) down() error {
 		}
 	}
 	// A process of the cluster has its directory in its command line, or in that of the node's parent.
-	out, err := exec.Command("pgrep", "-u", fmt.Sprint(os.Getuid()), "-af", c.dir).Output()
-	if err == nil {
-		left = append(left, strings.TrimSpace(string(out)))
+	lines, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		return err
+	}
+	for _, file := range lines {
+		raw, err := os.ReadFile(file)
+		if args := strings.ReplaceAll(string(raw), "\x00", " "); err == nil && strings.Contains(args, c.dir) {
+			left = append(left, args)
+		}
 	}
 	if len(left) > 0 {
 		return fmt.Errorf("after scripts/cluster down there is still: %s", strings.Join(left, "; "))

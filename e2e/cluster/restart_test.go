@@ -55,7 +55,7 @@ func restartDaemon(t *testing.T, signal string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := the.coracle("enter", "--", "kill", signal, old); err != nil {
+	if _, err := the.coracle("enter", "--", "sh", "-c", "kill "+signal+" "+old); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "another daemon answers", func() error {
