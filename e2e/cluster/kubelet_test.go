@@ -102,7 +102,7 @@ func TestStandaloneKubelet(t *testing.T) {
 		}
 		_ = kubelet.Wait()
 		eventually(t, "the kubelet ends with what started it", func() error {
-			if out, err := the.coracle("enter", "--name", alone, "--", "pgrep", "-x", "kubelet"); err == nil {
+			if out, err := the.coracle("enter", "--name", alone, "--", "sh", "-c", "grep -lsx kubelet /proc/[0-9]*/comm"); err == nil {
 				return fmt.Errorf("it is process %s", out)
 			}
 			return nil
