@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"strconv"
 	"strings"
 	"syscall"
@@ -74,6 +75,17 @@ func TestFullDisk(t *testing.T) {
 	n.exec(count, "touch", "/dev/shm/end")
 	n.expectExit(ends, 7)
 	n.crictl("rm", ends)
+	// That has made some room, in which lines may go: a word on them would find none itself, as the node's log is there too.
+	eventually(t, 10*time.Second, "the log is full again", func() error {
+		size, from := logSize(t, n.path("work", "logs-default-stays", "count.log")), counted()
+		for counted() < from+100 {
+			time.Sleep(5 * time.Millisecond)
+		}
+		if now := logSize(t, n.path("work", "logs-default-stays", "count.log")); now != size {
+			return fmt.Errorf("it has grown from %d to %d bytes", size, now)
+		}
+		return nil
+	})
 	eventually(t, 10*time.Second, "the loss of lines is told when there is room", func() error {
 		if free != nil {
 			free()
@@ -96,6 +108,15 @@ func TestFullDisk(t *testing.T) {
 	})
 	n.crictl("rmp", "-af")
 	n.crictl("rmi", "-a")
+}
+
+func logSize(t *testing.T, path string) int64 {
+	t.Helper()
+	info, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return info.Size()
 }
 
 // TestRemovingOnAFullDisk: a pod that runs is removed, and then its image, while there is no room; that makes some.
