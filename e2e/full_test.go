@@ -34,7 +34,11 @@ func TestFullDisk(t *testing.T) {
 	count := n.start(pod, file, "count", image, shell("i=0; while :; do i=$((i+1)); echo line $i; echo $i >/dev/shm/count; usleep 2000; done"))
 	ends := n.start(pod, file, "ends", image, shell("while [ ! -e /dev/shm/end ]; do usleep 2000; done; exit 7"))
 	counted := func() int {
-		i, err := strconv.Atoi(strings.TrimSpace(n.exec(count, "cat", "/dev/shm/count")))
+		var said string
+		for said == "" { // it is being written
+			said = strings.TrimSpace(n.exec(count, "cat", "/dev/shm/count"))
+		}
+		i, err := strconv.Atoi(said)
 		if err != nil {
 			t.Fatal(err)
 		}
