@@ -79,7 +79,9 @@ func worldUp() error {
 	if err != nil {
 		return err
 	}
-	if err := netlink.AddrAdd(lo, addr); err != nil {
+	if err := netlink.AddrAdd(lo, addr); errors.Is(err, unix.EEXIST) {
+		return nil // a worker of the fuzzer, in the namespaces of its parent
+	} else if err != nil {
 		return err
 	}
 	f, err := os.CreateTemp("", "hosts-*")

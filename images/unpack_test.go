@@ -514,11 +514,11 @@ func fuzzEntries(script []byte) []entry {
 		if e.kind == tar.TypeSymlink || e.kind == tar.TypeLink {
 			e.link = path(1 + head>>5)
 		}
-		if e.kind == tar.TypeReg && !strings.HasSuffix(e.name, "/") {
-			e.body = "x"
+		if e.kind != tar.TypeDir && strings.HasSuffix("/"+e.name, "/") {
+			e.name += "f" // the tar writer takes a slash at the end from directories alone
 		}
-		if e.kind == tar.TypeReg && strings.HasSuffix(e.name, "/") || e.name == "" {
-			e.name += "f" // the tar writer takes no file with a slash at its end
+		if e.kind == tar.TypeReg {
+			e.body = "x"
 		}
 		entries = append(entries, e)
 	}
