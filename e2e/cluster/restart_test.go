@@ -49,7 +49,8 @@ func restartDaemon(t *testing.T, signal string) {
 	t.Helper()
 	daemon := func() (string, error) {
 		out, err := the.coracle("enter", "--", "sh", "-c", `for f in /proc/[0-9]*/cmdline; do
-			case $(tr '\0' ' ' <$f) in */coracle\ daemon*) f=${f%/cmdline} && echo ${f#/proc/} ;; esac
+			set -- $(tr '\0' ' ' <$f)
+			case "$1 $2" in */coracle\ daemon) f=${f%/cmdline} && echo ${f#/proc/} ;; esac
 		done 2>/dev/null`)
 		if out = strings.TrimSpace(out); err == nil && out == "" {
 			err = errors.New("there is no daemon")
