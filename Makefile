@@ -123,7 +123,7 @@ e2e-vm: ## the tests of limits and delegation in a VM that has all of cgroup v2,
 	@scripts/setup.sh --vm
 	@scripts/as-user.sh make e2e-vm-here RUN='$(RUN)' MODES='$(MODES)'
 
-e2e-vm-ci: ## the part of e2e-vm that CI runs: delegation, a cpu limit and OOM kills, where every controller is delegated
+e2e-vm-ci: ## a part of e2e-vm that is short enough for CI: delegation, a cpu limit and OOM kills, where every controller is delegated
 	@$(MAKE) e2e-vm MODES=full RUN='$(CITESTS)'
 
 # Every test binary is built here: the VM has no compiler, and computes 14 times slower where it is emulated.

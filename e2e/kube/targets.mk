@@ -3,7 +3,7 @@
 # The programs are built in a folder of their own; all but CoreDNS are links to one.
 KUBE := $(CACHE)/kube
 
-# What CI runs of the tests: the cluster comes up, and the ways through all of it. It takes some two minutes when the
+# What is short enough for CI: the cluster comes up, and the ways through all of it. It takes some two minutes when the
 # programs are built.
 KUBE_CI := ^(TestNode|TestSecretsAreTheUsers|TestStaticPod|TestDeployment|TestExec|TestPortForward|TestVolumes|TestRestarts)
 
@@ -44,7 +44,7 @@ e2e-kube: ## build Kubernetes, start a cluster as an ordinary user and prove wit
 	@scripts/setup.sh --kube
 	@scripts/as-user.sh make e2e-kube-here RUN='$(RUN)'
 
-e2e-kube-ci: ## the part of e2e-kube that CI runs
+e2e-kube-ci: ## a part of e2e-kube that is short enough for CI
 	@$(MAKE) e2e-kube RUN='$(KUBE_CI)'
 
 e2e-kube-here: build kube $(CRICTL)
