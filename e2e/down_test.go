@@ -19,7 +19,7 @@ func (n *node) busy(image string, hostPort int) {
 	n.t.Helper()
 	pod, file := n.runPod("a", object{"port_mappings": []object{{"protocol": 0, "container_port": 8080, "host_port": hostPort},
 		{"protocol": 1, "container_port": 5353, "host_port": hostPort}}})
-	id := n.start(pod, file, "web", image, object{"mounts": []object{{"host_path": n.path("work"), "container_path": "/work"}}})
+	id := n.start(pod, file, "web", image, object{"mounts": []object{{"host_path": n.path("work"), "container_path": "/made"}}})
 	n.start(pod, file, "tty", image, object{"tty": true, "stdin": true, "command": []string{"/bin/sh"}})
 	other, otherFile := n.runPod("b", object{"linux": object{"security_context": object{"namespace_options": object{"network": 2, "pid": 0}}}})
 	n.start(other, otherFile, "orphans", image, shell("(sleep 1000 & exec sleep 1000) & (trap '' TERM; sleep 1000) & wait"))

@@ -98,7 +98,7 @@ func fullResources() *runtimeapi.LinuxContainerResources {
 func fullContainer() *runtimeapi.ContainerConfig {
 	return &runtimeapi.ContainerConfig{
 		Metadata: &runtimeapi.ContainerMetadata{Name: "full", Attempt: 1}, Image: &runtimeapi.ImageSpec{Image: testImage},
-		Command: []string{"/bin/sh"}, Args: []string{"-c", "true"}, WorkingDir: "/work", LogPath: "full/0.log", Stdin: true, StdinOnce: true, Tty: true,
+		Command: []string{"/bin/sh"}, Args: []string{"-c", "true"}, WorkingDir: "/srv", LogPath: "full/0.log", Stdin: true, StdinOnce: true, Tty: true,
 		Envs: []*runtimeapi.KeyValue{{Key: "A", Value: []byte{0xff}}},
 		Mounts: []*runtimeapi.Mount{
 			{ContainerPath: "/ro", HostPath: "/usr", Readonly: true, RecursiveReadOnly: true},

@@ -93,7 +93,7 @@ func (l *life) ensurePod() error {
 
 // script logs numbered lines. Each start of it leaves a line in a file.
 func (l *life) script() string {
-	begin := "echo started >>/work/" + l.name + "; i=0; trap 'stop=1' TERM; "
+	begin := "echo started >>/traces/" + l.name + "; i=0; trap 'stop=1' TERM; "
 	line := "i=$((i+1)); echo $i; usleep 2000; "
 	if l.kind == ends {
 		return begin + "while [ $i -lt 300 ]; do " + line + "done; exit 9"
@@ -104,7 +104,7 @@ func (l *life) script() string {
 func (l *life) ensureCreated() error {
 	config := containerConfig("c", l.image, l.script())
 	config.Labels = map[string]string{"life": l.name}
-	config.Mounts = []*runtimeapi.Mount{{ContainerPath: "/work", HostPath: l.path("work")}}
+	config.Mounts = []*runtimeapi.Mount{{ContainerPath: "/traces", HostPath: l.path("work")}}
 	for {
 		list, err := persist(l.runtime.ListContainers, &runtimeapi.ListContainersRequest{
 			Filter: &runtimeapi.ContainerFilter{LabelSelector: map[string]string{"life": l.name}}})

@@ -77,9 +77,9 @@ func (s *stage) podAgain() error {
 }
 
 func (s *stage) containerConfig() *runtimeapi.ContainerConfig {
-	config := containerConfig("c", s.image, "echo run >>/work/runs; trap 'exit 7' TERM; while :; do usleep 10000; done")
+	config := containerConfig("c", s.image, "echo run >>/traces/runs; trap 'exit 7' TERM; while :; do usleep 10000; done")
 	config.Linux.SecurityContext.NamespaceOptions.Pid = runtimeapi.NamespaceMode_POD
-	config.Mounts = []*runtimeapi.Mount{{ContainerPath: "/work", HostPath: s.path("work")}}
+	config.Mounts = []*runtimeapi.Mount{{ContainerPath: "/traces", HostPath: s.path("work")}}
 	return config
 }
 
@@ -147,7 +147,7 @@ func (s *stage) status() (*runtimeapi.ContainerStatus, error) {
 // works: the container runs, has run once, and a command can be executed in it.
 func (s *stage) works() error {
 	answer, err := s.runtime.ExecSync(s.context(), &runtimeapi.ExecSyncRequest{ContainerId: s.container,
-		Cmd: []string{"/bin/sh", "-c", "until [ -s /work/runs ]; do usleep 1000; done; cat /work/runs; hostname; exit 3"}})
+		Cmd: []string{"/bin/sh", "-c", "until [ -s /traces/runs ]; do usleep 1000; done; cat /traces/runs; hostname; exit 3"}})
 	if err != nil {
 		return err
 	}
