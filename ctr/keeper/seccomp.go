@@ -99,26 +99,7 @@ func (s *filterStore) compile(profile []byte) (_ *os.File, err error) {
 	var said bytes.Buffer
 	cmd := exec.Command("/proc/self/exe", filterArg)
 	cmd.Stdin, cmd.Stderr, cmd.ExtraFiles = bytes.NewReader(profile), &said, []*os.File{file}
-	children := s.keeper.children
-	pid, err := children.launch(func() (int, error) {
-		if err := cmd.Start(); err != nil {
-			return 0, err
-		}
-		return cmd.Process.Pid, nil
-	})
-	if err != nil {
-		return nil, fmt.Errorf("compile seccomp profile: %w", err)
-	}
-	process, err := openProcess(pid)
-	if err != nil {
-		return nil, err
-	}
-	defer process.close()
-	if err := process.await(); err != nil {
-		return nil, err
-	}
-	children.collect(pid, func() { err = cmd.Wait() })
-	if err != nil {
+	if err := s.keeper.children.runToEnd(cmd, cmd.Start); err != nil {
 		return nil, fmt.Errorf("compile seccomp profile: %w: %s", err, bytes.TrimSpace(said.Bytes()))
 	}
 	return file, filters.Seal(file)
