@@ -100,7 +100,8 @@ func (s *Service) removeContainerLocked(ctx context.Context, c *container) error
 	}
 	for _, step := range []func() error{
 		func() error { return s.deleteProcess(ctx, id) },
-		func() error { return errors.Join(s.store.history.remove(id), remove(s.store.containerSpecPath(id))) },
+		func() error { return remove(s.store.containerSpecPath(id)) },
+		func() error { return s.store.history.remove(id) },
 		func() error { return s.sweepFiles(&c.spec) },
 	} {
 		if err := step(); err != nil {
