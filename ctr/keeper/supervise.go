@@ -43,7 +43,9 @@ func (k *Keeper) superviseDaemon(ctx context.Context) {
 	if s.program.path == "" {
 		return
 	}
+	k.children.mu.Lock()
 	d := s.running // that of the keeper before
+	k.children.mu.Unlock()
 	var wait time.Duration
 	for ctx.Err() == nil {
 		begun := time.Now()
