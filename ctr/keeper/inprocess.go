@@ -195,7 +195,12 @@ func (e *inProcess) update(r *specs.LinuxResources) error {
 	return nil
 }
 
-func (e *inProcess) destroy() error { return e.lc.Destroy() }
+// destroy first has libcontainer look: one that was loaded while it was created counts as that until then, and libcontainer
+// kills the init of such a container, by its number, which may be another process's by now.
+func (e *inProcess) destroy() error {
+	_, _ = e.lc.Status() // where it cannot tell, what it knew counts
+	return e.lc.Destroy()
+}
 
 // newLibcontainer makes libcontainer's container of a spec; no process exists yet.
 func newLibcontainer(stateDir, id string, spec *specs.Spec) (*libcontainer.Container, error) {
