@@ -206,7 +206,7 @@ func adoptOutput(h *handedOutput, tty *os.File, stream string, log *logFile) *ou
 
 func (k *Keeper) adoptExec(a *adopted, h *handedExec) error {
 	c := k.containers[h.Container]
-	if c == nil {
+	if c == nil && !h.Exited { // the end of a container that is deleted meanwhile ends its execs
 		return wire.ErrNotFound
 	}
 	conn, err := a.connection(h.Caller)
@@ -216,13 +216,15 @@ func (k *Keeper) adoptExec(a *adopted, h *handedExec) error {
 	s := &session{keeper: k, cgroup: h.Cgroup, exited: make(chan struct{}), code: h.Code,
 		child:  child{pid: h.Leader.Pid, collect: waitPid(h.Leader.Pid), inside: h.Inside},
 		leader: &process{pid: h.Leader.Pid, start: h.Leader.Start, session: h.Leader.Session}}
-	if p, ok := c.engine.(*program); ok && h.Inside != 0 {
-		s.child.signal = p.signalInside(h.Inside)
-	}
 	if h.Exited {
 		close(s.exited)
-	} else if s.leader, err = k.adoptProcess(h.Leader); err != nil {
-		return err
+	} else {
+		if p, ok := c.engine.(*program); ok && h.Inside != 0 {
+			s.child.signal = p.signalInside(h.Inside)
+		}
+		if s.leader, err = k.adoptProcess(h.Leader); err != nil {
+			return err
+		}
 	}
 	a.execs[&call{keeper: k, conn: conn, req: wire.Request{Op: wire.OpExec, ID: h.Container}}] = s
 	return nil

@@ -350,3 +350,30 @@ func TestARuntimeIsAskedForItsOptionsUntilItAnswers(t *testing.T) {
 		t.Error("an answer is not remembered")
 	}
 }
+
+// TestAnExecOutlivesItsContainerInAHandover: one that was waited for while its container was deleted.
+func TestAnExecOutlivesItsContainerInAHandover(t *testing.T) {
+	for _, exited := range []bool{true, false} {
+		k := newKeeper(Config{Log: slog.New(slog.DiscardHandler)})
+		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		a := &adopted{execs: map[*call]*session{}}
+		err = k.adoptExec(a, &handedExec{Container: "gone", Caller: fds[0], Leader: handedProcess{Pid: 1 << 22}, Exited: exited, Code: 137})
+		if (err == nil) != exited || exited != (len(a.execs) == 1) {
+			t.Errorf("ended %v: %v, %d execs", exited, err, len(a.execs))
+		}
+		if err != nil && !errors.Is(err, wire.ErrNotFound) {
+			t.Error(err)
+		}
+		for c := range a.execs {
+			_ = c.conn.Close()
+		}
+		wire.CloseFiles(a.files)
+		_ = unix.Close(fds[1])
+		if !exited {
+			_ = unix.Close(fds[0])
+		}
+	}
+}
