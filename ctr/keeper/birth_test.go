@@ -2,8 +2,10 @@ package keeper_test
 
 import (
 	"encoding/json"
+	"errors"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -80,4 +82,35 @@ func TestWhatIsNotPlainIsMadeByLibcontainer(t *testing.T) {
 		}
 		n.delete(id)
 	}
+}
+
+// TestDamageOfABornContainerDoesNotStopTheReplacement: what its keeper leaves of it is written anew, whatever is there.
+func TestDamageOfABornContainerDoesNotStopTheReplacement(t *testing.T) {
+	delegated(t)
+	inCgroups = true
+	defer func() { inCgroups = false }()
+	n, kill := separateNode(t)
+	defer kill()
+	n.create("runs", sh("i=0; while :; do i=$((i+1)); echo $i; echo e$i >&2; done"))
+	n.start("runs")
+	n.create("created", sh("i=0; while :; do i=$((i+1)); echo $i; echo e$i >&2; done"))
+	n.create("ended", sh("exit 3"))
+	n.start("ended")
+	n.exit("ended")
+	if err := errors.Join(os.MkdirAll(filepath.Join(n.dir, "keeper/lc/runs/state.json/inside"), 0o700),
+		// As where its record alone could not be removed.
+		os.RemoveAll(filepath.Join(n.dir, "keeper/lc/ended")), os.Remove("/sys/fs/cgroup/of-test-ended")); err != nil {
+		t.Fatal(err)
+	}
+	n.replace()
+	if code := n.execCode("runs", "sh", "-c", "exit 6"); code != 6 {
+		t.Errorf("an exec by the new keeper: %d", code)
+	}
+	n.start("created")
+	n.endAndDelete("created")
+	n.endAndDelete("runs")
+	if s := n.state("ended"); s.ExitCode != 3 {
+		t.Errorf("%+v", s)
+	}
+	n.delete("ended")
 }

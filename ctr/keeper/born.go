@@ -107,11 +107,12 @@ func (b *born) save(dir, id string, start uint64) error {
 	if err != nil {
 		return fmt.Errorf("encode container state: %w", err)
 	}
-	path := filepath.Join(dir, "state.json") // libcontainer's name for it
-	if err := os.WriteFile(path+".new", raw, 0o600); err != nil {
+	// libcontainer's name for it. Whatever else is there would keep every other container's keeper from being replaced.
+	path := filepath.Join(dir, "state.json")
+	if err := os.RemoveAll(path); err != nil {
 		return fmt.Errorf("write container state: %w", err)
 	}
-	if err := os.Rename(path+".new", path); err != nil {
+	if err := os.WriteFile(path, raw, 0o600); err != nil {
 		return fmt.Errorf("write container state: %w", err)
 	}
 	return nil

@@ -3,6 +3,7 @@ package keeper
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"syscall"
 )
@@ -39,7 +40,10 @@ func (k *Keeper) handOver(c *call) (*Handover, error) {
 			errs = append(errs, fmt.Errorf("container %s is just being started: try again", c.id))
 		}
 		if e, ok := c.engine.(*inProcess); ok && e.born != nil {
-			errs = append(errs, e.born.save(e.dir, e.id, c.init.start))
+			err := e.born.save(e.dir, e.id, c.init.start)
+			if !errors.Is(err, fs.ErrNotExist) || !c.snapshot().Exited() { // else it has been taken away, but for its record
+				errs = append(errs, err)
+			}
 		}
 		h.Containers = append(h.Containers, c.handed(number))
 	}
