@@ -86,12 +86,16 @@ func (c *container) endStrays(cgroup string, since uint64) error {
 	}
 	c.making.Lock()
 	defer c.making.Unlock()
-	err := killUntilNone(func() ([]proc, error) {
+	strays := func() ([]proc, error) {
 		members, err := c.members()
 		return family(members, func(p proc) bool {
 			return p.parent == os.Getpid() && p.start >= since && !c.keeper.children.own(p.pid)
 		}), err
-	}, c.keeper.children.reap)
+	}
+	err := holdStill(strays)
+	if err == nil {
+		err = killUntilNone(strays, c.keeper.children.reap)
+	}
 	if err != nil {
 		return fmt.Errorf("end what is left of an exec: %w", err)
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -112,6 +113,27 @@ func signalProcs(list []proc, sig syscall.Signal) {
 		}
 		_ = unix.Close(fd)
 	}
+}
+
+// holdStill stops what list finds until it finds nothing more. What is stopped forks no more: else what it forks between a
+// look and its death would be its heir's child, in a container's own pid namespace, and be found by nobody.
+func holdStill(list func() ([]proc, error)) error {
+	stopped := map[int]uint64{}
+	for deadline := time.Now().Add(killTimeout); time.Now().Before(deadline); {
+		found, err := list()
+		if err != nil {
+			return err
+		}
+		fresh := slices.DeleteFunc(found, func(p proc) bool { return stopped[p.pid] == p.start })
+		if len(fresh) == 0 {
+			return nil
+		}
+		signalProcs(fresh, unix.SIGSTOP)
+		for _, p := range fresh {
+			stopped[p.pid] = p.start
+		}
+	}
+	return nil // they are killed nevertheless
 }
 
 // killUntilNone kills what list finds, again and again, because processes may fork while they are being listed,
