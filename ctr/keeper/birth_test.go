@@ -107,8 +107,11 @@ func TestDamageOfABornContainerDoesNotStopTheReplacement(t *testing.T) {
 		t.Errorf("an exec by the new keeper: %d", code)
 	}
 	n.start("created")
-	n.endAndDelete("created")
 	n.endAndDelete("runs")
+	if code := n.execCode("created", "sleep", "0.5"); code != 0 { // it prints some lines
+		t.Errorf("an exec in what was created before: %d", code)
+	}
+	n.endAndDelete("created")
 	if s := n.state("ended"); s.ExitCode != 3 {
 		t.Errorf("%+v", s)
 	}
