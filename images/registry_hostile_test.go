@@ -52,6 +52,12 @@ func farHub(t *testing.T, cfg Config) (*hub, *Store) {
 // trap is a server that nobody may connect to; where it is reached at another address, give that.
 func trap(t *testing.T, at string) (port string) {
 	t.Helper()
+	return serveConns(t, at, func(net.Conn) { t.Error("somebody connected to where the registry must not lead") })
+}
+
+// serveConns hands every connection to an address to serve, one after another, until the test ends.
+func serveConns(t *testing.T, at string, serve func(net.Conn)) (port string) {
+	t.Helper()
 	l, err := net.Listen("tcp", at+":0")
 	if err != nil {
 		t.Fatal(err)
@@ -64,7 +70,7 @@ func trap(t *testing.T, at string) (port string) {
 			if err != nil {
 				return
 			}
-			t.Error("somebody connected to where the registry must not lead")
+			serve(c)
 			c.Close()
 		}
 	}()
@@ -343,26 +349,9 @@ func TestBrokenTLS(t *testing.T) {
 		"silence": func(c net.Conn) { send(c, nil); _, _ = c.Read(make([]byte, 1<<16)); _, _ = c.Read(make([]byte, 1)) },
 	} {
 		t.Run(name, func(t *testing.T) {
-			l, err := net.Listen("tcp", farAddress+":0")
-			if err != nil {
-				t.Fatal(err)
-			}
-			done := make(chan struct{})
-			go func() {
-				defer close(done)
-				for {
-					c, err := l.Accept()
-					if err != nil {
-						return
-					}
-					serve(c)
-					c.Close()
-				}
-			}()
-			defer func() { l.Close(); <-done }()
+			port := serveConns(t, farAddress, serve)
 			s := openStore(t, Config{})
 			s.fetch.transports.waits.dial = 500 * time.Millisecond
-			_, port, _ := net.SplitHostPort(l.Addr().String())
 			if _, err := s.Pull(context.Background(), "far.example:"+port+"/app:1", &Auth{Username: testUser, Password: testPassword}); !errors.Is(err, ErrUnavailable) {
 				t.Errorf("error = %v", err)
 			}
