@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -44,24 +43,13 @@ func TestLeaks(t *testing.T) {
 // churn runs count pods through all their life, ten at once.
 func (n *node) churn(image string, first, count int) {
 	n.t.Helper()
-	var wg sync.WaitGroup
-	slots, failed := make(chan struct{}, 10), make(chan error, count)
-	for i := first; i < first+count; i++ {
-		slots <- struct{}{}
-		wg.Go(func() {
-			defer func() { <-slots }()
-			if err := n.life(image, i); err != nil {
-				failed <- fmt.Errorf("pod %d: %w", i, err)
-			}
-		})
-	}
-	wg.Wait()
-	close(failed)
-	for err := range failed {
-		n.t.Error(err)
-	}
-	if n.t.Failed() {
-		n.t.FailNow()
+	if err := atOnce(count, 10, func(i int) error {
+		if err := n.life(image, first+i); err != nil {
+			return fmt.Errorf("pod %d: %w", first+i, err)
+		}
+		return nil
+	}); err != nil {
+		n.t.Fatal(err)
 	}
 }
 

@@ -48,7 +48,14 @@ func (n *node) tally() tally {
 	}
 	out["routes"] = strings.Count(routes, "\n")
 	out["listening sockets"] = n.listening()
-	out["cgroups"] = cgroupsOf(n.t, keeper)
+	all, err := n.census()
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	for _, line := range all.lines { // cgroups, addresses, ports and what else it knows
+		kind, _, _ := strings.Cut(line, " ")
+		out[kind+" of the census"]++
+	}
 	out["files of the runtime directory"] = files(n.t, n.runtimeDir())
 	out["files of the data directory"] = files(n.t, n.dataDir())
 	return out
@@ -115,37 +122,6 @@ func (n *node) listening() int {
 	return count
 }
 
-// cgroupsOf counts the cgroups of the node, whose keeper is in a leaf of it.
-func cgroupsOf(t *testing.T, keeper int) int {
-	t.Helper()
-	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", keeper))
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, own, ok := strings.Cut(string(raw), "0::")
-	if !ok {
-		return 0
-	}
-	own, _, _ = strings.Cut(own, "\n")
-	for _, mount := range []string{"/sys/fs/cgroup/unified", "/sys/fs/cgroup"} {
-		top := filepath.Join(mount, filepath.Dir(own))
-		if _, err := os.Stat(filepath.Join(top, "cgroup.procs")); err == nil {
-			return directories(top)
-		}
-	}
-	return 0
-}
-
-func directories(top string) (count int) {
-	_ = filepath.WalkDir(top, func(_ string, d fs.DirEntry, err error) error {
-		if err == nil && d.IsDir() {
-			count++
-		}
-		return nil // a cgroup may go while it is counted
-	})
-	return count
-}
-
 // files counts what is in a directory, other users' directories below it as one.
 func files(t *testing.T, top string) (count int) {
 	t.Helper()
@@ -184,7 +160,9 @@ func lines(t *testing.T, path string) int {
 // while, so that fewer descriptors and goroutines are no difference.
 func (now tally) differences(before tally) []string {
 	var out []string
-	for _, what := range slices.Sorted(maps.Keys(now)) {
+	what := maps.Clone(before) // of what there is nothing any more, too
+	maps.Copy(what, now)
+	for _, what := range slices.Sorted(maps.Keys(what)) {
 		kept := strings.HasPrefix(what, "descriptors") || strings.HasPrefix(what, "goroutines")
 		if now[what] > before[what] || now[what] < before[what] && !kept {
 			out = append(out, fmt.Sprintf("%s: %d, were %d", what, now[what], before[what]))
