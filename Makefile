@@ -81,7 +81,8 @@ test: ## install what is missing, then run every test as an ordinary user
 	@scripts/setup.sh --test
 	@scripts/as-user.sh make test-here
 
-# Every test, as the calling user, on a machine that is set up: what is missing there is a failure, and nothing is skipped.
+# Every test, as the calling user, on a machine that is set up: a program that set-up installs and that is missing is a
+# failure. What is skipped says what this machine's kernel, or its user, has not.
 test-here: export CORACLE_TEST_WHOLE := 1
 test-here: build test-unit e2e faults-short critest-here
 
