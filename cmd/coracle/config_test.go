@@ -107,6 +107,18 @@ func TestABadSettingIsNamed(t *testing.T) {
 	}
 }
 
+// Keys that are wrong are quoted, values that may be passwords are not.
+func TestNoErrorQuotesAPassword(t *testing.T) {
+	for _, file := range []string{
+		"registries: {a: {mirrors: [\"https://user:hush@mirror.example\"]}}\n", "registries: {\"*\": {username: u, password: hush}}\n",
+		"registries: {a: {username: u, password: {hush: 1}, mirrors: 7}}\n", "registries: {a/b: {password: hush}}\n",
+	} {
+		if _, err := resolve(t, file); err == nil || strings.Contains(err.Error(), "hush") {
+			t.Errorf("file %q: %v", file, err)
+		}
+	}
+}
+
 // The daemon is started with the parent's settings as flags: nothing may be lost on the way.
 func TestSettingsSurviveTheirOwnRendering(t *testing.T) {
 	t.Setenv("XDG_CONFIG_HOME", t.TempDir())
