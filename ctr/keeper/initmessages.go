@@ -111,12 +111,12 @@ type syncMessage struct {
 
 // readSync returns nil at the end: the init has closed the socket, and goes on alone.
 func readSync(f *os.File) (*syncMessage, error) {
-	size, _, err := recvRetry(f, nil, unix.MSG_PEEK|unix.MSG_TRUNC)
+	size, err := recvRetry(f, nil, unix.MSG_PEEK|unix.MSG_TRUNC)
 	if err != nil || size == 0 {
 		return nil, err
 	}
 	packet := make([]byte, size)
-	n, _, err := recvRetry(f, packet, 0)
+	n, err := recvRetry(f, packet, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -140,11 +140,11 @@ func readSync(f *os.File) (*syncMessage, error) {
 }
 
 // recvRetry is recvfrom(2) on a blocking socket: an answer of the init takes a part of a millisecond, at most its mounts.
-func recvRetry(f *os.File, p []byte, flags int) (n int, from unix.Sockaddr, err error) {
+func recvRetry(f *os.File, p []byte, flags int) (int, error) {
 	for {
-		n, from, err = unix.Recvfrom(int(f.Fd()), p, flags)
+		n, _, err := unix.Recvfrom(int(f.Fd()), p, flags)
 		if !errors.Is(err, unix.EINTR) {
-			return n, from, os.NewSyscallError("recvfrom", err)
+			return n, os.NewSyscallError("recvfrom", err)
 		}
 	}
 }
