@@ -87,10 +87,11 @@ func compareCommand(args []string) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Minute)
 	defer cancel()
 	began := time.Now()
-	if err := c.run(ctx, chosen); err != nil {
-		return err
+	err = c.run(ctx, chosen)
+	if len(c.got) > 0 { // what was measured before a failure is not lost
+		err = errors.Join(err, c.report(*out, began))
 	}
-	return c.report(*out, began)
+	return err
 }
 
 // run runs the chosen sections.

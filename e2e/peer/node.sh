@@ -24,6 +24,7 @@ fi
 runtime=$programs/runc
 # Without a delegated cpu controller runc would fail every sandbox.
 grep -qw cpu /sys/fs/cgroup/cgroup.controllers 2>/dev/null || runtime=$programs/nolimits
+# NoNewKeyring: a user may have 200 keys (kernel.keys.maxkeys), and each container would take one.
 cat >"$dir/etc/config.toml" <<-END
 	version = 3
 	root = "$dir/root"
@@ -46,6 +47,7 @@ cat >"$dir/etc/config.toml" <<-END
 	    runtime_type = "io.containerd.runc.v2"
 	    [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc.options]
 	      BinaryName = "$runtime"
+	      NoNewKeyring = true
 	      SystemdCgroup = false
 END
 cat >"$dir/etc/cni/10-containerd-net.conflist" <<-END
