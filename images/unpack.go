@@ -58,9 +58,8 @@ func (s *Store) unpackLayer(ctx context.Context, dir string, want layerWant, blo
 	return rec, nil
 }
 
-// unpackStream runs blob → digest → decompress → diffID → tar → files. The blob is read, and its digest and the diffID are
-// computed, in goroutines of their own, and the decompressors read ahead in theirs, so one large layer uses more than
-// one CPU.
+// unpackStream runs blob → digest → decompress → diffID → tar → files. The diffID is computed in a goroutine of
+// its own, and the decompressors read ahead in theirs, so one large layer uses more than one CPU.
 func unpackStream(ctx context.Context, u *unpacker, in *verifier, diffID string) (err error) {
 	defer func() {
 		if err == nil {
@@ -71,14 +70,7 @@ func unpackStream(ctx context.Context, u *unpacker, in *verifier, diffID string)
 			err = cause
 		}
 	}()
-	ahead := newReadAhead(in)
-	defer func() {
-		if err != nil {
-			_ = in.abort() // ends its read
-		}
-		ahead.close()
-	}()
-	plain, err := decompress(ahead)
+	plain, err := decompress(in)
 	if err != nil {
 		return err
 	}
@@ -106,7 +98,7 @@ func unpackStream(ctx context.Context, u *unpacker, in *verifier, diffID string)
 	if err != nil {
 		return err
 	}
-	if _, err := io.Copy(io.Discard, ahead); err != nil {
+	if _, err := io.Copy(io.Discard, in); err != nil {
 		return err
 	}
 	if err := in.check(); err != nil {
