@@ -48,13 +48,6 @@ func (c *conn) Read(p []byte) (int, error) { return c.check(c.Conn.Read(p)) }
 
 func (c *conn) Write(p []byte) (int, error) { return c.check(c.Conn.Write(p)) }
 
-// WriteBuffers sends buffers by one writev(2).
-func (c *conn) WriteBuffers(b net.Buffers) (int64, error) {
-	n, err := b.WriteTo(c.Conn)
-	_, err = c.check(0, err)
-	return n, err
-}
-
 // check takes an error as the client's end, unless it is a deadline's, which is our own doing.
 func (c *conn) check(n int, err error) (int, error) {
 	if err == nil {

@@ -175,39 +175,22 @@ type frames struct {
 	buf []byte
 }
 
-// gatherer is a connection that sends several buffers in one piece.
-type gatherer interface {
-	WriteBuffers(b net.Buffers) (int64, error)
-}
-
 // frameHeader is the size of a SPDY frame's header, whose last 3 bytes are the length of the rest.
 const frameHeader = 8
 
-// gatherSize is from where on the data of a frame are not copied behind its header.
-const gatherSize = 4 << 10
-
 func (f *frames) Write(p []byte) (int, error) {
-	if g, ok := f.Conn.(gatherer); ok && len(p) >= gatherSize && len(f.buf) >= frameHeader && len(f.buf)+len(p) >= f.size() {
-		_, err := g.WriteBuffers(net.Buffers{f.buf, p})
-		return f.sent(len(p), err)
-	}
 	f.buf = append(f.buf, p...)
-	if len(f.buf) < frameHeader || len(f.buf) < f.size() {
+	if len(f.buf) < frameHeader {
+		return len(p), nil
+	}
+	rest := int(f.buf[5])<<16 | int(f.buf[6])<<8 | int(f.buf[7])
+	if len(f.buf) < frameHeader+rest {
 		return len(p), nil
 	}
 	_, err := f.Conn.Write(f.buf)
-	return f.sent(len(p), err)
-}
-
-// size is that of the frame whose header is in the buffer.
-func (f *frames) size() int {
-	return frameHeader + int(f.buf[5])<<16 + int(f.buf[6])<<8 + int(f.buf[7])
-}
-
-func (f *frames) sent(n int, err error) (int, error) {
 	f.buf = f.buf[:0]
 	if err != nil {
 		return 0, err
 	}
-	return n, nil
+	return len(p), nil
 }
