@@ -8,27 +8,33 @@ import (
 	"time"
 )
 
-// quietWatch is how long the machine is looked at before it is called quiet, and quietShare the part of its CPU time that
-// others may use meanwhile.
+// quietWatch is how long the machine is looked at before it is called quiet, and quietShare the part of that time in
+// which others may use its CPUs, or wait for them or for a disk.
 const (
 	quietWatch = time.Second
 	quietShare = 0.05
 )
 
-// noise watches a machine on which nothing of ours runs and says what is going on there; "" when it is quiet.
+// noise watches a machine on which nothing of ours runs and says what is going on there; "" when it is quiet. The kernel's
+// own averages of pressure (avg10) would still tell of what ran here before.
 func noise() string {
+	began, cpu0, disk0 := time.Now(), waited("cpu"), waited("io")
 	busy0, all0 := cpuTimes()
 	time.Sleep(quietWatch)
 	busy1, all1 := cpuTimes()
+	passed := time.Since(began).Seconds()
 	var why []string
-	if share := (busy1 - busy0) / max(all1-all0, 1); share > quietShare {
-		why = append(why, fmt.Sprintf("%.0f%% of the CPU time is used", share*100))
-	}
-	if waited := pressure("cpu"); waited > 5 {
-		why = append(why, fmt.Sprintf("processes waited for a CPU in %.0f%% of the last 10 s", waited))
-	}
-	if waited := pressure("io"); waited > 5 {
-		why = append(why, fmt.Sprintf("processes waited for a disk in %.0f%% of the last 10 s", waited))
+	for _, share := range []struct {
+		what string
+		of   float64
+	}{
+		{"%.0f%% of the CPU time is used", (busy1 - busy0) / max(all1-all0, 1)},
+		{"processes wait for a CPU in %.0f%% of the time", (waited("cpu") - cpu0) / passed},
+		{"processes wait for a disk in %.0f%% of the time", (waited("io") - disk0) / passed},
+	} {
+		if share.of > quietShare {
+			why = append(why, fmt.Sprintf(share.what, share.of*100))
+		}
 	}
 	if len(why) == 0 {
 		return ""
@@ -54,12 +60,12 @@ func cpuTimes() (busy, all float64) {
 	return busy, all
 }
 
-// pressure is the share of the last ten seconds in which some process waited for a resource, in percent; 0 where the kernel
-// does not tell.
-func pressure(resource string) float64 {
+// waited is how long, since the machine started, some process waited for a resource, in seconds; 0 where the kernel does
+// not tell.
+func waited(resource string) float64 {
 	raw, _ := os.ReadFile("/proc/pressure/" + resource)
-	_, rest, _ := strings.Cut(string(raw), "some avg10=")
-	value, _, _ := strings.Cut(rest, " ")
-	v, _ := strconv.ParseFloat(value, 64)
-	return v
+	line, _, _ := strings.Cut(string(raw), "\n") // "some avg10=… total=…", in microseconds
+	_, total, _ := strings.Cut(line, "total=")
+	usec, _ := strconv.ParseFloat(total, 64)
+	return usec / 1e6
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -136,7 +137,7 @@ func (c *comparison) lists(ctx context.Context, n *node, f fleet) error {
 			count, err := call(ctx)
 			took := since(began)
 			if err != nil && n != c.nodes[0] {
-				c.remark(fmt.Sprintf("%s does not answer %s: %.150s…", n.name, name, err))
+				c.remark(fmt.Sprintf("%s does not answer %s (%s).", n.name, name, status.Code(err)))
 				continue
 			}
 			if err != nil {
