@@ -125,9 +125,17 @@ func TestRestarts(t *testing.T) {
 		extra := "after-" + what
 		s.apply(pod(extra, "sleep 1000", ""))
 		s.ready(extra)
-		if got := s.exec(extra, "wget -qO- http://web/"); !strings.HasPrefix(got, "one from") {
-			t.Errorf("after the restart of %s the service answers %q", what, got)
-		}
+		// A new kube-proxy runs before it has written its rules, and a name is refused meanwhile.
+		s.eventually("the service answers after the restart of "+what, func() error {
+			got, err := s.try("exec", extra, "--", "sh", "-c", "wget -qO- http://web/")
+			if err == nil && !strings.HasPrefix(got, "one from") {
+				err = fmt.Errorf("it answers %q", got)
+			}
+			if err != nil {
+				t.Logf("%s: %v", time.Now().Format(time.TimeOnly), err)
+			}
+			return err
+		})
 		s.kubectl("delete", "pod", extra, "--now")
 		after := s.identities()
 		for line := range strings.Lines(before) {
