@@ -53,14 +53,15 @@ type running struct {
 	took           map[string]float64
 }
 
-func dial(endpoint, image string) (*client, error) {
+// dial connects to a runtime; the logs of its containers go to a new directory below dir.
+func dial(endpoint, image, dir string) (*client, error) {
 	quick := grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: time.Millisecond, Multiplier: 1, MaxDelay: time.Millisecond}, MinConnectTimeout: time.Second}
 	conn, err := grpc.NewClient(endpoint, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithConnectParams(quick),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(16<<20)))
 	if err != nil {
 		return nil, err
 	}
-	logs, err := os.MkdirTemp("", "bench-logs-")
+	logs, err := os.MkdirTemp(dir, "logs-")
 	if err != nil {
 		return nil, errors.Join(err, conn.Close())
 	}

@@ -102,6 +102,9 @@ func (c *comparison) run(ctx context.Context, chosen *regexp.Regexp) (err error)
 	defer func() { err = errors.Join(err, c.registry.Close()) }()
 	defer func() {
 		for _, n := range c.nodes {
+			if n.client != nil {
+				n.client.close()
+			}
 			err = errors.Join(err, n.stop(), n.remove())
 		}
 	}()
@@ -189,7 +192,7 @@ func (c *comparison) ready(ctx context.Context) error {
 			}
 		}
 		var err error
-		if n.client, err = dial(n.endpoint, n.registry+"/"+imageHello); err != nil {
+		if n.client, err = dial(n.endpoint, n.registry+"/"+imageHello, c.dir); err != nil {
 			return err
 		}
 		if err := n.pull(ctx, n.image); err != nil {

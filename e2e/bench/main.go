@@ -47,7 +47,7 @@ func callsCommand(args []string) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
 	defer cancel()
-	c, err := dial(*endpoint, *image)
+	c, err := dial(*endpoint, *image, "")
 	if err != nil {
 		return err
 	}

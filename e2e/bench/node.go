@@ -144,7 +144,7 @@ func (n *node) firstAnswer(ctx context.Context, began time.Time) (float64, error
 		}
 		time.Sleep(time.Millisecond / 2)
 	}
-	c, err := dial(n.endpoint, "")
+	c, err := dial(n.endpoint, "", "")
 	if err != nil {
 		return 0, err
 	}

@@ -10,8 +10,11 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// settle is how long a node is left alone before its memory is looked at.
-const settle = 2 * time.Second
+// settle is how long a node is left alone after its start before its memory is looked at, and rested how long after work.
+const (
+	settle = 2 * time.Second
+	rested = 25 * time.Second
+)
 
 // cold starts and ends each node several times, and looks at the memory of the last one.
 func (c *comparison) cold(ctx context.Context) error {
@@ -72,13 +75,44 @@ func (c *comparison) fifty(ctx context.Context) error {
 			}
 		}
 	}
+	for range max(1, c.rounds(2)) {
+		if err := c.memory(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// count pods are started and ended, atOnce at a time.
+const count, atOnce = 50, 10
+
+// memory looks at each node twice, at rest: without pods, and with count of them.
+func (c *comparison) memory(ctx context.Context) (err error) {
+	reading := func() map[*node]float64 {
+		time.Sleep(rested)
+		of := map[*node]float64{}
+		for _, n := range c.nodes {
+			if n.root != 0 {
+				_, of[n], _ = pss(tree(n.root))
+			}
+		}
+		return of
+	}
+	before := reading()
+	for _, n := range c.nodes {
+		fleet, lerr := n.launchMany(ctx, count, atOnce)
+		defer func() { err = errors.Join(err, n.endMany(ctx, fleet, atOnce)) }()
+		if lerr != nil {
+			return fmt.Errorf("%s: %w", n.name, lerr)
+		}
+	}
+	for n, kib := range reading() {
+		c.got.add(rowPodPSS, n.name, (kib-before[n])/count)
+	}
 	return nil
 }
 
 func (c *comparison) fiftyOf(ctx context.Context, n *node) (err error) {
-	const count, atOnce = 50, 10
-	time.Sleep(settle)
-	_, before, _ := pss(tree(n.root))
 	used, counted := n.cpu()
 	began := time.Now()
 	fleet, err := n.launchMany(ctx, count, atOnce)
@@ -89,11 +123,6 @@ func (c *comparison) fiftyOf(ctx context.Context, n *node) (err error) {
 	c.got.add(rowFifty, n.name, took)
 	if after, ok := n.cpu(); ok && counted {
 		c.got.add(rowFiftyCPU, n.name, (after-used)*1000/count)
-	}
-	time.Sleep(settle)
-	if n.root != 0 {
-		_, after, _ := pss(tree(n.root))
-		c.got.add(rowPodPSS, n.name, (after-before)/count)
 	}
 	err = c.lists(ctx, n, fleet)
 	if err == nil && n.kind != nil {
