@@ -64,7 +64,7 @@ help: ## list the targets
 build: ## build bin/coracle and bin/coracle-keeper
 	@mkdir -p bin $(GOTMPDIR)
 	@$(GO) build -trimpath -tags "$(LEAN)" -ldflags "$(LDFLAGS)" -o bin/coracle ./cmd/coracle
-	@CGO_ENABLED=1 $(GO) build -trimpath -tags "$(KEEPER)" -ldflags "$(LDFLAGS)" -o bin/coracle-keeper ./cmd/coracle-keeper
+	@CGO_ENABLED=1 $(GO) build -trimpath -tags "$(KEEPER) netgo osusergo" -ldflags "$(LDFLAGS) $$(scripts/static.sh)" -o bin/coracle-keeper ./cmd/coracle-keeper
 
 install: build ## install both programs into $(PREFIX)/bin (PREFIX=~/.local needs no root)
 	install -D -m 0755 bin/coracle $(DESTDIR)$(PREFIX)/bin/coracle

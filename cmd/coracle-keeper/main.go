@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"syscall"
 
 	"github.com/coracle-cri/coracle/cgroupv2"
@@ -17,10 +16,6 @@ import (
 
 // version is set by the linker.
 var version = "dev"
-
-// gcPercent trades a little CPU for the memory of a process that is idle nearly always: 5.3 MB of its own with 60
-// containers, where Go's default has 7.2.
-const gcPercent = 40
 
 // init comes before main's flags: as a container's init this program has the argument "init" and no others.
 func init() { keeper.Init() }
@@ -63,9 +58,6 @@ func run(args []string) error {
 	}
 	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})).With("program", "keeper")
 
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(gcPercent)
-	}
 	ends := []os.Signal{syscall.SIGTERM, syscall.SIGINT}
 	if *ignoreHangup {
 		// Caught and dropped: an ignored signal would stay ignored in every container, across execve(2).

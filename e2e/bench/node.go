@@ -13,6 +13,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/coracle-cri/coracle/e2e/box"
 )
 
@@ -43,20 +45,30 @@ type node struct {
 // newCoracle is a node of coracle, by programs in a directory.
 func newCoracle(programs string) *node {
 	const name = "bench"
-	runtimeDir := filepath.Join(os.Getenv("XDG_RUNTIME_DIR"), "coracle-"+name)
 	return &node{name: "coracle", kind: &kind{
 		command: func(dir string) *exec.Cmd {
 			cmd := exec.Command(filepath.Join(programs, "coracle"), "up", "--name", name)
-			cmd.Env = append(os.Environ(), "XDG_DATA_HOME="+dir)
+			cmd.Env = append(os.Environ(), "XDG_DATA_HOME="+dir, "XDG_RUNTIME_DIR="+runtimeDir(dir))
 			return cmd
 		},
-		socket: func(string) string { return filepath.Join(runtimeDir, "coracle.sock") },
+		socket: func(dir string) string { return filepath.Join(runtimeDir(dir), "coracle-"+name, "coracle.sock") },
 		daemon: func(p process, args []string) bool {
 			return p.comm == "coracle" && len(args) > 1 && args[1] == "daemon"
 		},
 		network: func(string) int { return 0 },
 		group:   "coracle-" + name,
 	}}
+}
+
+// runtimeDir is the user's, which systemd and elogind make on a tmpfs. Where it is on a disk, as in containers that have no
+// login, it is one below dir: the peer has its state there too, and its /run on a tmpfs of its own (node.sh).
+func runtimeDir(dir string) string {
+	own := os.Getenv("XDG_RUNTIME_DIR")
+	var fs unix.Statfs_t
+	if unix.Statfs(own, &fs) == nil && fs.Type == unix.TMPFS_MAGIC {
+		return own
+	}
+	return filepath.Join(dir, "run")
 }
 
 // newContainerd is a node of rootless containerd, by what `make peer` has built.
@@ -99,6 +111,9 @@ func newSocket(spec string) (*node, error) {
 func (n *node) start(ctx context.Context, dir string) (ms float64, err error) {
 	if n.dir == "" {
 		if n.dir, err = os.MkdirTemp(dir, "bench-"); err != nil {
+			return 0, err
+		}
+		if err := os.Mkdir(filepath.Join(n.dir, "run"), 0o700); err != nil {
 			return 0, err
 		}
 	}
