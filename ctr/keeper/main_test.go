@@ -79,6 +79,11 @@ func runKeeper(dir string) error {
 		if err := keeper.LeaveKeyring(); err != nil {
 			return err
 		}
+		if os.Getenv(refuseEnv) != "" {
+			if err := refuseClone3(); err != nil {
+				return err
+			}
+		}
 		if err := errors.Join(unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""),
 			unix.Mount("proc", "/proc", "proc", 0, "")); err != nil {
 			return err
