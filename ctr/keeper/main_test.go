@@ -44,6 +44,9 @@ func TestMain(m *testing.M) {
 	switch os.Getenv(roleEnv) {
 	case "keeper":
 		exitOn(runKeeper(os.Args[1]))
+	case "receiver":
+		_, err := keeper.Received()
+		exitOn(err)
 	case "stranger":
 		_, err := ctr.NewClient(os.Args[1]).Info(context.Background())
 		exitOn(err)
