@@ -73,6 +73,7 @@ type handedContainer struct {
 	Seq     uint64         `json:"seq"`
 	Init    *handedProcess `json:"init,omitempty"` // nil once it is reaped
 	Doomed  bool           `json:"doomed,omitempty"`
+	Behind  bool           `json:"behind,omitempty"` // its record waits for room
 	Engine  *handedEngine  `json:"engine,omitempty"`
 	Stdio   *handedStdio   `json:"stdio,omitempty"`
 	OwnPID  bool           `json:"ownPID,omitempty"`
