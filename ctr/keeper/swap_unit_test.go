@@ -51,7 +51,7 @@ func TestAFreezeIsGivenUpWhereALogHangs(t *testing.T) {
 		t.Error(err)
 	}
 	hangs.passing.Lock() // nobody has it
-	hangs.passing.Unlock()
+	defer hangs.passing.Unlock()
 }
 
 // TestTheEndOfTheNodeEndsAFreeze that waits for a call: the node is not kept up by its own replacement.
