@@ -69,6 +69,9 @@ func grpcError(err error) error {
 	if _, ok := status.FromError(err); ok {
 		return err
 	}
+	if errors.Is(err, errDefect) { // whatever else went wrong beside it
+		return status.Error(codes.Internal, err.Error())
+	}
 	if errors.Is(err, ErrUnavailable) {
 		msg := err.Error()
 		if !strings.HasPrefix(msg, crierrors.ErrRegistryUnavailable.Error()) {

@@ -2,12 +2,15 @@ package images
 
 import (
 	"context"
+	"log/slog"
 	"sync"
 )
 
 // flightGroup makes concurrent calls for one key share one piece of work. Unlike x/sync/singleflight the work
 // belongs to nobody: it goes on while anybody waits for it, and is cancelled when the last one leaves.
 type flightGroup[T any] struct {
+	log *slog.Logger
+
 	mu      sync.Mutex
 	flights map[string]*flight[T]
 }
@@ -36,7 +39,10 @@ func (g *flightGroup[T]) do(ctx context.Context, key string, fn func(context.Con
 		f = &flight[T]{done: make(chan struct{}), cancel: cancel, waiters: 1}
 		g.flights[key] = f
 		go func() {
-			f.val, f.err = fn(workCtx)
+			f.err = guarded(g.log, func() (err error) {
+				f.val, err = fn(workCtx)
+				return err
+			})
 			g.leave(key, f, true)
 			close(f.done)
 			cancel()

@@ -80,9 +80,7 @@ func (s *Store) addImage(ctx context.Context, img *resolved, names []string, pla
 	for _, l := range img.layers {
 		diffIDs = append(diffIDs, l.DiffID)
 	}
-	unpin := s.index.pin(append([]string{fixPin(img.id)}, diffIDs...))
 	rec, err := s.addPinned(ctx, img, diffIDs, names, places)
-	unpin()
 	if err != nil {
 		// Layers that came in before the failure are whole, but nobody needs them.
 		return nil, errors.Join(err, s.collect())
@@ -91,6 +89,7 @@ func (s *Store) addImage(ctx context.Context, img *resolved, names []string, pla
 }
 
 func (s *Store) addPinned(ctx context.Context, img *resolved, diffIDs, names []string, places func(layerWant) []openBlob) (*imageRecord, error) {
+	defer s.index.pin(append([]string{fixPin(img.id)}, diffIDs...))()
 	if err := s.addLayers(ctx, img.layers, places); err != nil {
 		return nil, err
 	}
@@ -128,7 +127,7 @@ func (s *Store) addLayers(ctx context.Context, layers []layerWant, places func(l
 	results := make(chan error, len(order))
 	for _, l := range order {
 		go func() {
-			err := s.ensureLayer(ctx, l, places(l))
+			err := guarded(s.log, func() error { return s.ensureLayer(ctx, l, places(l)) })
 			if err != nil {
 				cancel()
 			}

@@ -89,6 +89,7 @@ func Open(cfg Config) (*Store, error) {
 	cfg.Root = root
 	s := &Store{cfg: cfg, log: cfg.Log.With("component", "images"), index: newIndex(), meter: newMeter()}
 	s.fetch.transports.waits, s.fetch.transports.named = cfg.waits, s.cfg.named
+	s.fetch.pulls.log, s.fetch.unpacks.log = s.log, s.log
 	s.fetch.slots = make(chan struct{}, max(3, runtime.GOMAXPROCS(0)))
 	s.life.kick = make(chan struct{}, 1)
 	if s.lock, err = lockFile(s.path("lock")); err != nil {

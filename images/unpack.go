@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"sync"
@@ -34,7 +35,7 @@ type layerWant struct {
 // the blob is never on disk. What is in dir is worth nothing until it returns without error, since both digests
 // can only be known at the end.
 func (s *Store) unpackLayer(ctx context.Context, dir string, want layerWant, blob io.Reader) (*layerRecord, error) {
-	in, err := newVerifier(blob, want.Digest, want.Size)
+	in, err := newVerifier(blob, want.Digest, want.Size, s.log)
 	if err != nil {
 		return nil, err
 	}
@@ -74,7 +75,7 @@ func unpackStream(u *unpacker, in *verifier, diffID string) (err error) {
 	if err != nil {
 		return err
 	}
-	sum, err := newHashTee(&limitReader{ctx: u.ctx, r: plain, left: u.maxBytes, max: u.maxBytes}, diffID)
+	sum, err := newHashTee(&limitReader{ctx: u.ctx, r: plain, left: u.maxBytes, max: u.maxBytes}, diffID, in.log)
 	if err != nil {
 		return errors.Join(err, plain.Close())
 	}
@@ -87,14 +88,20 @@ func unpackStream(u *unpacker, in *verifier, diffID string) (err error) {
 		plain.Close() // waits for its goroutine; all there is to know was read before
 	}()
 	tarStream := bufio.NewReaderSize(sum, streamBuffer)
-	err = u.unpack(tarStream)
-	if err == nil {
-		// What follows the end of the archive is part of both digests.
-		if _, err = io.Copy(io.Discard, tarStream); err != nil {
-			err = corrupt("decompress layer", err)
+	err = guarded(in.log, func() error { // here already, so that all that was begun is ended
+		if err := u.unpack(tarStream); err != nil {
+			return err
 		}
+		// What follows the end of the archive is part of both digests.
+		if _, err := io.Copy(io.Discard, tarStream); err != nil {
+			return corrupt("decompress layer", err)
+		}
+		return nil
+	})
+	got, sumErr := sum.finish()
+	if err == nil {
+		err = sumErr
 	}
-	got := sum.finish()
 	if err != nil {
 		return err
 	}
@@ -138,6 +145,7 @@ func decompress(in io.Reader) (io.ReadCloser, error) {
 
 // verifier passes a blob through while it counts and hashes it.
 type verifier struct {
+	log  *slog.Logger
 	r    io.Reader
 	hash hash.Hash // nil: nothing to check
 	want string
@@ -172,8 +180,8 @@ func (v *verifier) failed(err error) {
 	}
 }
 
-func newVerifier(r io.Reader, digest string, size int64) (*verifier, error) {
-	v := &verifier{r: r, want: digest, size: size}
+func newVerifier(r io.Reader, digest string, size int64, log *slog.Logger) (*verifier, error) {
+	v := &verifier{log: log, r: r, want: digest, size: size}
 	if digest == "" {
 		return v, nil
 	}
@@ -182,12 +190,14 @@ func newVerifier(r io.Reader, digest string, size int64) (*verifier, error) {
 	return v, err
 }
 
-func (v *verifier) Read(p []byte) (int, error) {
-	n, err := v.r.Read(p)
+func (v *verifier) Read(p []byte) (n int, err error) {
+	err = guarded(v.log, func() (err error) {
+		if n, err = v.r.Read(p); v.hash != nil {
+			v.hash.Write(p[:n])
+		}
+		return err
+	})
 	v.n += int64(n)
-	if v.hash != nil {
-		v.hash.Write(p[:n])
-	}
 	if v.size >= 0 && v.n > v.size {
 		err = fmt.Errorf("%w: blob %s is longer than the %d bytes that its manifest says", ErrDigest, v.want, v.size)
 	}
@@ -219,9 +229,10 @@ type hashTee struct {
 	full chan []byte
 	free chan []byte
 	done chan struct{}
+	err  error // written before done is closed
 }
 
-func newHashTee(r io.Reader, digest string) (*hashTee, error) {
+func newHashTee(r io.Reader, digest string, log *slog.Logger) (*hashTee, error) {
 	h, err := hasher(digest)
 	if err != nil {
 		return nil, err
@@ -233,8 +244,14 @@ func newHashTee(r io.Reader, digest string) (*hashTee, error) {
 	}
 	go func() {
 		defer close(t.done)
-		for b := range t.full {
-			t.hash.Write(b)
+		t.err = guarded(log, func() error {
+			for b := range t.full {
+				t.hash.Write(b)
+				t.free <- b[:0]
+			}
+			return nil
+		})
+		for b := range t.full { // after a panic: who reads is not to wait for ever
 			t.free <- b[:0]
 		}
 	}()
@@ -250,10 +267,13 @@ func (t *hashTee) Read(p []byte) (int, error) {
 }
 
 // finish ends the goroutine and returns the digest of all that was read. Call it exactly once.
-func (t *hashTee) finish() string {
+func (t *hashTee) finish() (string, error) {
 	close(t.full)
 	<-t.done
-	return digestOf(t.want, t.hash)
+	if t.err != nil {
+		return "", t.err
+	}
+	return digestOf(t.want, t.hash), nil
 }
 
 // limitReader fails, where io.LimitReader ends, when there is more than max. It ends with its context, too: what a

@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -21,9 +23,9 @@ const historySettle = time.Second
 // started, or ended. It is what is left of a status when the runtime directory is gone with the node.
 //
 // A file is replaced, without fsync, before the change is told to anybody. So what the CRI has told is known after the
-// death of any process, and of all of them. The files are fsynced a second later, in one go: a machine that loses its
-// power forgets what ended in its last seconds, and says that it does not know. To fsync each would cost every container
-// some milliseconds twice, for the sake of a moment that is over in a second.
+// death of any process, and of all of them. The files are fsynced a second later, or at the daemon's end, in one go: a
+// machine that loses its power forgets what ended in its last seconds, and says that it does not know. To fsync each would
+// cost every container some milliseconds twice, for the sake of a moment that is over in a second.
 type history struct {
 	dir string
 	log *slog.Logger
@@ -57,7 +59,7 @@ func (h *history) write(id string, st containerStatus) error {
 	return nil
 }
 
-// run brings to stable storage what was written, until ctx ends.
+// run brings to stable storage what was written, until ctx ends. What is written after that is close's.
 func (h *history) run(ctx context.Context) {
 	for {
 		select {
@@ -68,14 +70,37 @@ func (h *history) run(ctx context.Context) {
 		if !sleep(ctx, historySettle) {
 			return
 		}
-		h.mu.Lock()
-		dirty := h.dirty
-		h.dirty = map[string]struct{}{}
-		h.mu.Unlock()
-		if err := h.sync(dirty); err != nil {
+		if err := h.flush(); err != nil {
 			h.log.Warn("history of containers is not on stable storage", "error", err)
 		}
 	}
+}
+
+// close brings the rest to stable storage: no second is to follow for it, while the machine may go down right after the
+// node. Call it when nobody writes any more.
+func (h *history) close() error {
+	if err := h.flush(); err != nil {
+		return fmt.Errorf("close history: %w", err)
+	}
+	return nil
+}
+
+// flush syncs what is dirty. What could not be synced stays that.
+func (h *history) flush() error {
+	h.mu.Lock()
+	dirty := h.dirty
+	h.dirty = map[string]struct{}{}
+	h.mu.Unlock()
+	if len(dirty) == 0 {
+		return nil
+	}
+	err := h.sync(dirty)
+	if err != nil {
+		h.mu.Lock()
+		maps.Copy(h.dirty, dirty)
+		h.mu.Unlock()
+	}
+	return err
 }
 
 // sync is one transaction of the filesystem's journal where there are many files: the first of them takes the others along.
@@ -107,6 +132,22 @@ func fsync(path string) error {
 func (h *history) remove(id string) error {
 	if err := os.RemoveAll(h.path(id)); err != nil {
 		return fmt.Errorf("remove history: %w", err)
+	}
+	return nil
+}
+
+// sweepHalf removes what a daemon that died was writing, and what else would be in the way of a next file of the name.
+// Nobody may write meanwhile.
+func (h *history) sweepHalf() error {
+	entries, err := os.ReadDir(h.dir)
+	errs := []error{err}
+	for _, e := range entries {
+		if strings.HasSuffix(e.Name(), tempSuffix) {
+			errs = append(errs, os.RemoveAll(filepath.Join(h.dir, e.Name())))
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("sweep half-written history: %w", err)
 	}
 	return nil
 }
@@ -150,10 +191,12 @@ func SaveHistory(runtimeDir, dataDir string, log *slog.Logger) error {
 		if err == nil && !st.FinishedAt.IsZero() || state.StartedAt.IsZero() && state.Error == "" {
 			continue
 		}
-		if err == nil || errors.Is(err, fs.ErrNotExist) {
-			st.take(state)
-			errs = append(errs, saveSpec(path, st))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			store.setAside(path, err)
+			st = containerStatus{}
 		}
+		st.take(state)
+		errs = append(errs, saveSpec(path, st))
 	}
 	return errors.Join(errs...)
 }

@@ -1,10 +1,14 @@
 package pod
 
 import (
+	"bytes"
+	"errors"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -95,6 +99,108 @@ func TestSaveHistoryTakesWhatTheDaemonMissed(t *testing.T) {
 		if st := h.status(id); st.ExitCode != code || st.Reason != "Error" {
 			t.Errorf("%s: %v", id, st)
 		}
+	}
+}
+
+// TestSaveHistorySetsTornHistoryAside: an end is taken from the keeper's record whatever is in the place of the history,
+// which is there for people to look at.
+func TestSaveHistorySetsTornHistoryAside(t *testing.T) {
+	for name, damage := range damages() {
+		if name == "unreadable" {
+			continue // not to the uid 0 that the daemon is
+		}
+		t.Run(name, func(t *testing.T) {
+			h := newHarness(t)
+			pod := h.run(h.podConfig("p"))
+			id := h.launchIn(pod, "c", "sleep 1000")
+			path := h.store.history.path(id)
+			var log bytes.Buffer
+			h.restart(func() {
+				dir := filepath.Join(h.cfg.RuntimeDir, wire.RecordDir)
+				at := time.Now()
+				state := ctr.State{ID: id, CreatedAt: at, StartedAt: at, FinishedAt: at, ExitCode: 9}
+				if err := errors.Join(damage(path), os.MkdirAll(dir, 0o700),
+					saveJSON(filepath.Join(dir, id+wire.RecordSuffix), wire.Record{Version: wire.RecordVersion, State: state})); err != nil {
+					t.Fatal(err)
+				}
+				_, err := os.Lstat(path)
+				damaged := err == nil
+				if err := SaveHistory(h.cfg.RuntimeDir, h.cfg.DataDir, slog.New(slog.NewTextHandler(&log, nil))); err != nil {
+					t.Fatal(err)
+				}
+				if told := strings.Contains(log.String(), path+".unreadable"); told != damaged {
+					t.Errorf("the log tells of a file set aside: %v\n%s", told, &log)
+				}
+				h.loseRuntimeDir(pod)
+			})
+			if st := h.status(id); st.ExitCode != 9 || st.Reason != "Error" {
+				t.Errorf("%v", st)
+			}
+			if err := os.RemoveAll(path + ".unreadable"); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// TestHalfWrittenHistoryIsSwept when a daemon starts after one that died in writing it.
+func TestHalfWrittenHistoryIsSwept(t *testing.T) {
+	h := newHarness(t)
+	pod := h.run(h.podConfig("p"))
+	id := h.launchIn(pod, "c", "exit 4")
+	h.exited(id)
+	half := []string{h.store.history.path(id) + tempSuffix, h.store.history.path("gone") + tempSuffix}
+	h.restart(func() {
+		for _, path := range half {
+			if err := os.WriteFile(path, []byte("{"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+	for _, path := range half {
+		if _, err := os.Lstat(path); err == nil {
+			t.Errorf("%s is still there", path)
+		}
+	}
+	if st := h.status(id); st.ExitCode != 4 {
+		t.Errorf("%v", st)
+	}
+}
+
+// TestHistoryIsOnStableStorageWhenTheDaemonHasEnded: nothing waits for the second that does not come.
+func TestHistoryIsOnStableStorageWhenTheDaemonHasEnded(t *testing.T) {
+	h := newHarness(t)
+	pod := h.run(h.podConfig("p"))
+	id := h.launchIn(pod, "c", "exit 4")
+	h.exited(id)
+	h.restart(func() {
+		if left := h.store.history.dirty; len(left) > 0 {
+			t.Errorf("not synced: %v", left)
+		}
+	})
+	if st := h.status(id); st.ExitCode != 4 {
+		t.Errorf("%v", st)
+	}
+}
+
+// TestWhatCannotBeSyncedStaysDirty, for the next try.
+func TestWhatCannotBeSyncedStaysDirty(t *testing.T) {
+	h := newHistory(t.TempDir(), slog.New(slog.DiscardHandler))
+	if err := h.write("c", containerStatus{StartedAt: time.Now()}); err != nil {
+		t.Fatal(err)
+	}
+	// A file that cannot be opened: a symbolic link to itself.
+	if err := errors.Join(os.Remove(h.path("c")), os.Symlink("c.json", h.path("c"))); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.close(); !errors.Is(err, syscall.ELOOP) {
+		t.Errorf("synced: %v", err)
+	}
+	if err := os.Remove(h.path("c")); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.close(); err != nil || len(h.dirty) > 0 {
+		t.Errorf("after the next try %v is left: %v", h.dirty, err)
 	}
 }
 

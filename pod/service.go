@@ -2,6 +2,7 @@ package pod
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -82,12 +83,12 @@ func Open(ctx context.Context, cfg Config, deps Deps) (*Service, error) {
 	return s, nil
 }
 
-// Close ends the streams and every goroutine of the service. Pods go on.
+// Close ends the streams and every goroutine of the service, and brings the history to stable storage. Pods go on.
 func (s *Service) Close() error {
 	s.stop()
 	err := s.streams.Close()
 	s.wg.Wait()
-	return err
+	return errors.Join(err, s.store.history.close())
 }
 
 func (s *Service) bootID() string { return *s.boot.Load() }

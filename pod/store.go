@@ -29,6 +29,7 @@ type store struct {
 	history *history
 }
 
+// openStore makes the directories that are missing. Nobody else may be at work in them.
 func openStore(data, run string, log *slog.Logger) (*store, error) {
 	s := &store{data: data, run: run, log: log, history: newHistory(filepath.Join(data, "history"), log)}
 	for _, dir := range []string{filepath.Join(data, "pods"), filepath.Join(data, "containers"), s.history.dir,
@@ -36,6 +37,9 @@ func openStore(data, run string, log *slog.Logger) (*store, error) {
 		if err := s.makeDir(dir); err != nil {
 			return nil, err
 		}
+	}
+	if err := s.history.sweepHalf(); err != nil {
+		log.Warn("what is in the way of the history stays", "error", err)
 	}
 	return s, nil
 }

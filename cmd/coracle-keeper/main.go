@@ -70,15 +70,7 @@ func run(args []string) error {
 	// Caught to the very end: the parent sends a signal again until the node has ended, and one that came after stop would
 	// kill this process, as if it had failed.
 	signal.Notify(make(chan os.Signal, 1), ends...)
-	if err := keeper.Prepare(log); err != nil {
-		return err
-	}
-	if *mountCgroup && handover == nil {
-		if err := cgroupv2.MountInside(); err != nil {
-			return err
-		}
-	}
-	k, err := keeper.Open(keeper.Config{RuntimeDir: *dir, Version: version, Daemon: flags.Args(), Log: log, Handover: handover})
+	k, err := open(keeper.Config{RuntimeDir: *dir, Version: version, Daemon: flags.Args(), Log: log, Handover: handover}, *mountCgroup)
 	if err != nil && handover != nil {
 		return handover.GoBack(err)
 	}
@@ -87,6 +79,19 @@ func run(args []string) error {
 	}
 	settle.InQuiet(log)
 	return k.Run(ctx)
+}
+
+// open makes the process fit to keep containers, and the keeper.
+func open(cfg keeper.Config, mountCgroup bool) (*keeper.Keeper, error) {
+	if err := keeper.Prepare(cfg.Log); err != nil {
+		return nil, err
+	}
+	if mountCgroup && cfg.Handover == nil {
+		if err := cgroupv2.MountInside(); err != nil {
+			return nil, err
+		}
+	}
+	return keeper.Open(cfg)
 }
 
 // received returns what the program left that ran in this process before; nil for a keeper that begins, which first of all

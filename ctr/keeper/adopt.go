@@ -108,7 +108,7 @@ func (k *Keeper) adoptProcess(h handedProcess) (*process, error) {
 
 func (k *Keeper) adoptContainer(h *handedContainer) error {
 	c := newContainer(k, h.State.ID)
-	c.state, c.seq = h.State, h.Seq
+	c.state, c.seq, c.behind = h.State, h.Seq, h.Behind
 	c.doomed.Store(h.Doomed)
 	close(c.ready)
 	k.containers[c.id] = c
@@ -255,6 +255,9 @@ func (k *Keeper) goOn(h *Handover) {
 	for _, c := range k.all() {
 		if c.stdio != nil {
 			c.stdio.run()
+		}
+		if c.behind { // nobody else is at work yet who could change it
+			k.tasks.Go(c.catchUp)
 		}
 		if !c.snapshot().Exited() {
 			k.tasks.Go(c.watch)

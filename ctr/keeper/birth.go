@@ -27,6 +27,8 @@ import (
 //
 //   - An init is born in its cgroup (CLONE_INTO_CGROUP). libcontainer moves it there after the fork, and the kernel lets a
 //     process change its cgroup only after a grace period of RCU (cgroup_threadgroup_rwsem): 7–20 ms, of a start of 20.
+//     Where the kernel, or the seccomp filter of a container around the node, refuses that, it is moved as libcontainer
+//     does it.
 //   - The program that the child executes is sealed once, not once a process: see sealedProgram.
 //   - No thread that joins the container's mount namespace to open sources of mounts, which only serves where the child
 //     cannot see a source itself, and no state.json.
@@ -51,6 +53,7 @@ type birth struct {
 	cgroup cgroups.Manager // the container's
 	into   string          // directory of the cgroup to be born in
 	own    bool            // nobody else is in that
+	moved  func(why error) // is told where it cannot be born there
 	joined map[configs.NamespaceType]string
 	flags  uintptr // of namespaces that are new
 
@@ -172,7 +175,8 @@ func (b *birth) prepare(p *libcontainer.Process, program, fifo *os.File) (err er
 	return nil
 }
 
-// start forks stage 0 into the cgroup.
+// start forks stage 0 into the cgroup. Where that is refused it is moved there, while it waits for the first word and has
+// no child.
 func (b *birth) start() error {
 	defer wire.CloseFiles(b.theirs)
 	// O_PATH suffices for clone3(2), and the directory is no way to anything.
@@ -181,12 +185,39 @@ func (b *birth) start() error {
 		return fmt.Errorf("open cgroup: %w", err)
 	}
 	defer dir.Close()
+	elsewhere := exec.Cmd{Path: b.cmd.Path, Args: b.cmd.Args, Env: b.cmd.Env, Dir: b.cmd.Dir, Stdin: b.cmd.Stdin, Stdout: b.cmd.Stdout,
+		Stderr: b.cmd.Stderr, ExtraFiles: b.cmd.ExtraFiles} // a command is started once
 	b.cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd())}
+	refused := b.cmd.Start()
+	if refused == nil {
+		b.stage0 = true
+		return nil
+	}
+	if !refusesBirth(refused) {
+		return fmt.Errorf("start init: %w", refused)
+	}
+	b.cmd = &elsewhere
 	if err := b.cmd.Start(); err != nil {
 		return fmt.Errorf("start init: %w", err)
 	}
 	b.stage0 = true
+	if err := cgroups.WriteCgroupProc(b.into, b.cmd.Process.Pid); err != nil {
+		return fmt.Errorf("move init to its cgroup: %w (it could not be born there: %w)", err, refused)
+	}
+	b.moved(refused)
 	return nil
+}
+
+// refusesBirth tells whether an error may mean that no process can be born in a cgroup: there is no clone3(2) (Linux 5.3),
+// or it is filtered; it does not know CLONE_INTO_CGROUP (5.7), to which longer arguments belong; or not for this cgroup.
+// Some have other causes too, which meet the second try as well.
+func refusesBirth(err error) bool {
+	for _, refusal := range []error{unix.ENOSYS, unix.EPERM, unix.EINVAL, unix.E2BIG, unix.EBUSY, unix.EOPNOTSUPP} {
+		if errors.Is(err, refusal) {
+			return true
+		}
+	}
+	return false
 }
 
 // converse brings the child to where it needs the keeper no more.

@@ -3,6 +3,7 @@ package keeper_test
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -10,8 +11,10 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"unsafe"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 )
 
 // TestTheConversationIsTheOneOfThisVersion: birth speaks with libcontainer's init as libcontainer's other half of this
@@ -63,6 +66,58 @@ func TestAContainerIsBornInItsCgroup(t *testing.T) {
 		t.Errorf("an exec is not in its cgroup: %d", code)
 	}
 	n.delete("c1")
+}
+
+// refuseEnv has a separate keeper run under a filter as the one of a container that does not know clone3(2).
+const refuseEnv = "CORACLE_TEST_REFUSE_CLONE3"
+
+func refuseClone3() error {
+	filter := []unix.SockFilter{
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: 0}, // seccomp_data.nr
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: unix.SYS_CLONE3, Jf: 1},
+		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ERRNO | uint32(unix.ENOSYS)},
+		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
+	}
+	program := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
+	_, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(&program)))
+	if errno != 0 {
+		return fmt.Errorf("refuse clone3: %w", errno)
+	}
+	return nil
+}
+
+// TestWithoutClone3ContainersAreMovedToTheirCgroups: an init and its execs end up where they are else born, and the log
+// says it once.
+func TestWithoutClone3ContainersAreMovedToTheirCgroups(t *testing.T) {
+	delegated(t)
+	t.Setenv(refuseEnv, "yes")
+	n, kill := separateNode(t)
+	defer kill()
+	for _, id := range []string{"c1", "c2"} {
+		s := inCgroup(sh("grep ^0: /proc/self/cgroup; sleep 100"), "/"+id)
+		s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.CgroupNamespace})
+		n.create(id, s)
+		n.start(id)
+		eventually(t, "a line", func() bool { return len(n.lines(id)) == 1 })
+		if line := n.lines(id)[0]; !strings.HasSuffix(line, " 0::/") {
+			t.Errorf("%s: in its own view its cgroup is %q", id, line)
+		}
+		procs, err := os.ReadFile("/sys/fs/cgroup/" + id + "/cgroup.procs")
+		if err != nil || len(strings.Fields(string(procs))) == 0 {
+			t.Errorf("%s: processes in its cgroup: %q, %v", id, procs, err)
+		}
+		if code := n.execCode(id, "/bin/sh", "-c", "grep '^0::/exec-' /proc/self/cgroup"); code != 0 {
+			t.Errorf("%s: an exec is not in its cgroup: %d", id, code)
+		}
+		n.delete(id)
+	}
+	log, err := os.ReadFile(filepath.Join(filepath.Dir(n.dir), "keeper.log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if told := strings.Count(string(log), "are moved there"); told != 1 {
+		t.Errorf("it is told %d times:\n%s", told, log)
+	}
 }
 
 // TestWhatIsNotPlainIsMadeByLibcontainer: with hooks, and without a cgroup.

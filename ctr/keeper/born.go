@@ -57,7 +57,7 @@ func (e *inProcess) bear(config *configs.Config, p *libcontainer.Process) (_ chi
 		joined[ns.Type] = ns.Path
 	}
 	b := birth{config: config, said: newInitConfig(e.id, config, p), cgroup: group, into: group.Path(""), own: true,
-		joined: joined, flags: config.Namespaces.CloneFlags()}
+		moved: e.keeper.bornElsewhere, joined: joined, flags: config.Namespaces.CloneFlags()}
 	b.said.Cgroup2Path = b.into
 	pid, err := b.run(p, program, fifo)
 	if err != nil {
@@ -80,7 +80,8 @@ func (e *inProcess) bearExec(p *libcontainer.Process, cgroup string) (child, err
 	for _, ns := range e.born.config.Namespaces {
 		joined[ns.Type] = ns.GetPath(e.born.pid)
 	}
-	b := birth{config: e.born.config, said: newInitConfig(e.id, e.born.config, p), cgroup: e.born.cgroup, into: cgroup, own: true, joined: joined}
+	b := birth{config: e.born.config, said: newInitConfig(e.id, e.born.config, p), cgroup: e.born.cgroup, into: cgroup, own: true,
+		moved: e.keeper.bornElsewhere, joined: joined}
 	b.said.Cgroup2Path = e.born.cgroup.Path("")
 	if cgroup == "" {
 		b.into, b.own = b.said.Cgroup2Path, false
@@ -90,6 +91,13 @@ func (e *inProcess) bearExec(p *libcontainer.Process, cgroup string) (child, err
 		return child{}, fmt.Errorf("start process: %w", err)
 	}
 	return child{pid: pid, collect: waitPid(pid)}, nil
+}
+
+// bornElsewhere says once that processes are moved to their cgroups: it is slower, and no fault of theirs.
+func (k *Keeper) bornElsewhere(why error) {
+	k.moved.Do(func() {
+		k.log.Warn("processes cannot be born in their cgroups and are moved there: a start takes some 10 ms longer", "cause", why)
+	})
 }
 
 // save leaves the state that libcontainer would have written at the start, for another keeper to load. start is the init's

@@ -75,6 +75,37 @@ func TestAnExitIsWrittenWhenThereIsRoom(t *testing.T) {
 	}
 }
 
+// TestARecordThatWaitsForRoomIsHandedOver: of an exit that could not be written the next keeper writes the record, and the
+// one after that where the next could not either.
+func TestARecordThatWaitsForRoomIsHandedOver(t *testing.T) {
+	n, kill := separateNode(t)
+	defer kill()
+	n.create("c1", sh("while [ ! -e /tmp/go ]; do sleep 0.02; done; exit 9"))
+	n.start("c1")
+	inTheWay := filepath.Join(n.dir, "keeper", "c1.json.tmp") // so that nothing can be written
+	if err := os.Mkdir(inTheWay, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if code := n.execCode("c1", "touch", "/tmp/go"); code != 0 {
+		t.Fatalf("exec: %d", code)
+	}
+	n.exit("c1")
+	for range 2 {
+		n.replace()
+	}
+	if s := n.onDisk("c1"); s.Exited() {
+		t.Fatalf("there was a way for its record: %+v", s)
+	}
+	if err := os.Remove(inTheWay); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the exit is on disk", func() bool { return n.onDisk("c1").Exited() })
+	if s := n.onDisk("c1"); s.ExitCode != 9 {
+		t.Errorf("on disk: %+v", s)
+	}
+	n.delete("c1")
+}
+
 // TestALogThatEndsOnAFullDiskTellsItsLoss: the container runs to its end all the same.
 func TestALogThatEndsOnAFullDiskTellsItsLoss(t *testing.T) {
 	n := newNode(t)

@@ -1,6 +1,7 @@
 package keeper
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -50,6 +51,7 @@ type Handover struct {
 	Execs      []*handedExec      `json:"execs,omitempty"`
 
 	held    *os.File // Program
+	raw     []byte   // as it was received
 	adopted adopted
 }
 
@@ -71,6 +73,7 @@ type handedContainer struct {
 	Seq     uint64         `json:"seq"`
 	Init    *handedProcess `json:"init,omitempty"` // nil once it is reaped
 	Doomed  bool           `json:"doomed,omitempty"`
+	Behind  bool           `json:"behind,omitempty"` // its record waits for room
 	Engine  *handedEngine  `json:"engine,omitempty"`
 	Stdio   *handedStdio   `json:"stdio,omitempty"`
 	OwnPID  bool           `json:"ownPID,omitempty"`
@@ -117,8 +120,20 @@ type handedExec struct {
 	Code      int           `json:"code,omitempty"`
 }
 
+// encode writes h down. What was received goes back as it came, also what this program does not know of it.
 func (h *Handover) encode() ([]byte, error) {
-	raw, err := json.Marshal(h)
+	var state any = h
+	if h.raw != nil {
+		parts := map[string]any{}
+		decoder := json.NewDecoder(bytes.NewReader(h.raw))
+		decoder.UseNumber()
+		if err := decoder.Decode(&parts); err != nil {
+			return nil, fmt.Errorf("encode state: %w", err)
+		}
+		parts["refused"] = h.Refused
+		state = parts
+	}
+	raw, err := json.Marshal(state)
 	if err != nil {
 		return nil, fmt.Errorf("encode state: %w", err)
 	}
@@ -181,7 +196,8 @@ func (h *Handover) check() error {
 	return nil
 }
 
-// Received returns what the keeper before has left to this one; nil for a keeper that begins.
+// Received returns what the keeper before has left to this one; nil for a keeper that begins. What this one cannot read it
+// gives back: then, as after GoBack, the error is one that ends the node.
 func Received() (*Handover, error) {
 	value, ok := os.LookupEnv(handoverEnv)
 	if !ok {
@@ -194,16 +210,47 @@ func Received() (*Handover, error) {
 	if err != nil {
 		return nil, fmt.Errorf("find state of the keeper before: %w", err)
 	}
-	f := os.NewFile(uintptr(fd), "handover")
-	defer f.Close()
-	if _, err := f.Seek(0, io.SeekStart); err != nil {
+	raw, err := readState(os.NewFile(uintptr(fd), "handover"))
+	if err != nil {
 		return nil, fmt.Errorf("read state of the keeper before: %w", err)
 	}
-	h, err := decodeHandover(f)
+	h, err := decodeHandover(bytes.NewReader(raw))
 	if err != nil {
+		back, wayErr := wayBack(raw)
+		if wayErr != nil {
+			return nil, errors.Join(err, wayErr)
+		}
+		return nil, back.GoBack(err)
+	}
+	h.raw = raw
+	return h, h.inherit(false) // of a descriptor that is closed there is no way back either
+}
+
+func readState(f *os.File) (_ []byte, err error) {
+	defer func() { err = errors.Join(err, f.Close()) }()
+	if _, err := f.Seek(0, io.SeekStart); err != nil {
 		return nil, err
 	}
-	return h, h.inherit(false)
+	return io.ReadAll(f)
+}
+
+// wayBack is as much of a state that cannot be read as it takes to give it back. Of the descriptors in it nothing is
+// known, and as they came they pass through the next execve(2) as well.
+func wayBack(raw []byte) (*Handover, error) {
+	var way struct {
+		Refused string `json:"refused"`
+		From    string `json:"from"`
+		Program int    `json:"program"`
+		Path    string `json:"path"`
+	}
+	if err := json.Unmarshal(raw, &way); err != nil {
+		return nil, fmt.Errorf("find the way back: %w", err)
+	}
+	if way.Path == "" {
+		return nil, errors.New("find the way back: there is none in it")
+	}
+	return &Handover{Refused: way.Refused, From: way.From, Program: way.Program, Path: way.Path, Listener: -1, Caller: -1,
+		Daemon: handedDaemon{File: -1}, raw: raw}, nil
 }
 
 // GoBack executes the program that left h, for which the reason is given. It returns only on an error, and then the node

@@ -47,7 +47,8 @@ type Keeper struct {
 	swap     swap
 	filters  filterStore // compiled seccomp profiles
 	sealed   sealedProgram
-	help     sync.Map // what commands of runtime programs say of themselves, see run.takes
+	moved    sync.Once // see bornElsewhere
+	help     sync.Map  // what commands of runtime programs say of themselves, see run.takes
 
 	supervisor supervisor
 

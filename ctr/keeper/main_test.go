@@ -44,6 +44,9 @@ func TestMain(m *testing.M) {
 	switch os.Getenv(roleEnv) {
 	case "keeper":
 		exitOn(runKeeper(os.Args[1]))
+	case "receiver":
+		_, err := keeper.Received()
+		exitOn(err)
 	case "stranger":
 		_, err := ctr.NewClient(os.Args[1]).Info(context.Background())
 		exitOn(err)
@@ -78,6 +81,11 @@ func runKeeper(dir string) error {
 	if handover == nil {
 		if err := keeper.LeaveKeyring(); err != nil {
 			return err
+		}
+		if os.Getenv(refuseEnv) != "" {
+			if err := refuseClone3(); err != nil {
+				return err
+			}
 		}
 		if err := errors.Join(unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""),
 			unix.Mount("proc", "/proc", "proc", 0, "")); err != nil {

@@ -26,7 +26,7 @@ type filterStore struct {
 	keeper *Keeper
 
 	mu   sync.Mutex
-	kept map[[sha256.Size]byte]*os.File // nil: it is being made, or cannot be
+	kept map[[sha256.Size]byte]*os.File // nil: it is being made
 }
 
 // use returns the filter of a profile, for a process to be started with; nil where there is none yet.
@@ -62,15 +62,19 @@ func notifies(profile *configs.Seccomp) bool {
 	return profile.DefaultAction == configs.Notify
 }
 
-// make compiles a profile. Where that fails, each process goes on to compile it for itself, and says what is wrong.
+// make compiles a profile. Where that fails, the next start tries again: what it met may have been want of memory or of
+// processes. Each process goes on to compile it for itself, and says what is wrong.
 func (s *filterStore) make(key [sha256.Size]byte, profile []byte) {
 	file, err := s.compile(profile)
-	if err != nil {
-		s.keeper.log.Debug("seccomp filter is not kept", "error", err)
-		return
-	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if err != nil {
+		s.keeper.log.Debug("seccomp filter is not kept", "error", err)
+		if s.kept[key] == nil { // not by another who began anew
+			delete(s.kept, key)
+		}
+		return
+	}
 	s.kept[key] = file
 }
 

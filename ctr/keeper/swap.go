@@ -158,8 +158,11 @@ func (k *Keeper) tryHandover(ctx context.Context, program *os.File, path string)
 	return nil
 }
 
-// freeze brings everything to where it can be cut off; thaw lets it go on.
+// freeze brings everything to where it can be cut off; thaw lets it go on. It is given up when ctx or the node ends.
 func (k *Keeper) freeze(ctx context.Context) (thaw func() error, err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(k.stopped, func() { cancel(errStopping) })()
 	var undo undoStack
 	defer func() {
 		if err != nil {
@@ -189,13 +192,37 @@ func (k *Keeper) freeze(ctx context.Context) (thaw func() error, err error) {
 			continue
 		}
 		for _, o := range c.stdio.outputs() {
-			o.passing.Lock()
+			if err := lock(ctx, &o.passing); err != nil {
+				return nil, fmt.Errorf("await the log of container %s: %w", c.id, err)
+			}
 			undo.push(func() error { o.passing.Unlock(); return nil })
 		}
 	}
-	k.children.launching.Lock()
+	if err := lock(ctx, &k.children.launching); err != nil {
+		return nil, fmt.Errorf("await the start of a process: %w", err)
+	}
 	undo.push(func() error { k.children.launching.Unlock(); return nil })
 	return undo.run, nil
+}
+
+// lock locks mu, or returns the cause of ctx's end. Who holds it may be in a write to a filesystem that does not answer,
+// and everybody else waits while everything else is frozen.
+func lock(ctx context.Context, mu interface {
+	sync.Locker
+	TryLock() bool
+}) error {
+	if mu.TryLock() {
+		return nil
+	}
+	locked := make(chan struct{})
+	go func() { mu.Lock(); close(locked) }() // ends when whoever holds it lets go
+	select {
+	case <-locked:
+		return nil
+	case <-ctx.Done():
+		go func() { <-locked; mu.Unlock() }()
+		return context.Cause(ctx)
+	}
 }
 
 // all returns every container in the table.

@@ -377,3 +377,14 @@ func TestAnExecOutlivesItsContainerInAHandover(t *testing.T) {
 		}
 	}
 }
+
+// TestARefusedBirthIsTold from a start that would fail in any way: TestWithoutClone3ContainersAreMovedToTheirCgroups has
+// one of these from the kernel.
+func TestARefusedBirthIsTold(t *testing.T) {
+	for err, want := range map[error]bool{unix.ENOSYS: true, unix.EPERM: true, unix.EINVAL: true, unix.E2BIG: true, unix.EBUSY: true,
+		unix.EOPNOTSUPP: true, unix.EAGAIN: false, unix.ENOMEM: false, unix.ENOENT: false} {
+		if got := refusesBirth(&os.PathError{Op: "fork/exec", Path: "/x", Err: err}); got != want {
+			t.Errorf("%v: %v", err, got)
+		}
+	}
+}

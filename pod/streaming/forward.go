@@ -146,7 +146,7 @@ func (f *forwarder) take(stream httpstream.Stream, replied <-chan struct{}) erro
 	p := f.pairs[id]
 	if p == nil {
 		p = &pair{}
-		p.late = time.AfterFunc(streamsWithin, func() { f.abandon(id, p) })
+		p.late = time.AfterFunc(streamsWithin, func() { f.guard(func() { f.abandon(id, p) }) })
 		f.pairs[id] = p
 	}
 	switch {

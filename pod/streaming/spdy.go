@@ -120,7 +120,7 @@ func (s *spdyStreams) take(stream httpstream.Stream, replied <-chan struct{}) er
 	}
 	switch kind {
 	case kindStdin, kindStdout, kindStderr, kindResize:
-		go func() { <-replied; _ = stream.Reset() }() // the reply comes when this function has returned
+		go func() { _ = Guard(func() error { <-replied; return stream.Reset() }) }() // the reply comes when this function has returned
 		return nil
 	default:
 		return fmt.Errorf("a stream of unknown type %q", kind)
