@@ -95,7 +95,7 @@ lint: $(LINTER) ## go vet and golangci-lint, at a pinned version
 	@$(GO) vet -tags "$(LEAN) $(KEEPER)" ./...
 	@PATH="$$($(GO) env GOROOT)/bin:$$PATH" $(LINTER) run --build-tags "$(LEAN) $(KEEPER)" ./...
 
-vuln: $(VULN) ## known vulnerabilities in what coracle calls, by govulncheck at a pinned version; needs vuln.go.dev, or GOVULNDB
+vuln: $(VULN) ## known vulnerabilities in what coracle calls, by govulncheck at a pinned version; of vuln.go.dev, or of its Go module
 	@scripts/vuln.sh $(CURDIR)/$(VULN) "$(LEAN) $(KEEPER)"
 
 race: ## unit and end-to-end tests with Go's race detector, as an ordinary user; RUN=TestName for some
