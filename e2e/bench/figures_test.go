@@ -48,6 +48,23 @@ func TestTableTellsWhatIsMet(t *testing.T) {
 	}
 }
 
+func TestDerivedRows(t *testing.T) {
+	f := figures{
+		rowRunning: {"ours": {10, 12, 14}}, rowSeccomp: {"ours": {11, 13.5, 20}},
+		rowFirst: {"ours": {10}, "theirs": {100}}, rowLast: {"ours": {15}}, rowGrowth: {"ours": {9, 9}},
+	}
+	f.derive()
+	if got := f[rowFilter]["ours"]; len(got) != 1 || got[0] != 1.5 {
+		t.Errorf("%s: %v, want 1.5", rowFilter, got)
+	}
+	if got := f[rowGrowth]["ours"]; len(got) != 1 || got[0] != 1.5 {
+		t.Errorf("%s: %v, want 1.5", rowGrowth, got)
+	}
+	if got := f[rowGrowth]["theirs"]; got != nil {
+		t.Errorf("%s of a runtime without %s: %v", rowGrowth, rowLast, got)
+	}
+}
+
 func TestEarlierFiguresStayWhereThereAreNoNewer(t *testing.T) {
 	r := raw{Figures: figures{rowLog: {"ours": {1}}}}
 	r.adopt(&raw{Figures: sample(), Remarks: []string{"noisy"}})

@@ -31,6 +31,7 @@ func (c *comparison) report(dir string, began time.Time) error {
 		r.Units[row.key] = row.unit
 	}
 	r.adopt(c.earlier)
+	r.Figures.derive()
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
