@@ -18,6 +18,8 @@ KEEPER := seccomp runc_nocriu
 
 # The modes of the test VM (scripts/vm.sh), and the end-to-end tests that ask for what it has.
 MODES   ?= full memory plain service
+# VMTIME is how long the tests of one mode may take.
+VMTIME  ?= 60m
 VMTESTS := ^(TestDelegation|TestDetach|TestLimit[A-Z]|TestOOM)
 # What of them CI has the time for, in one mode.
 CITESTS := ^(TestDelegation|TestDetach|TestLimitCPU|TestOOM)
@@ -122,10 +124,10 @@ e2e: build-next $(CRICTL) $(HOSTILE) ## end-to-end tests, as the calling user (n
 
 e2e-vm: ## the tests of limits and delegation in a VM that has all of cgroup v2, in each of its modes; MODES="full memory"
 	@scripts/setup.sh --vm
-	@scripts/as-user.sh make e2e-vm-here RUN='$(RUN)' MODES='$(MODES)'
+	@scripts/as-user.sh make e2e-vm-here RUN='$(RUN)' MODES='$(MODES)' VMTIME=$(VMTIME)
 
 e2e-vm-ci: ## a part of e2e-vm that is short enough for CI: delegation, a cpu limit and OOM kills, where every controller is delegated
-	@$(MAKE) e2e-vm MODES=full RUN='$(CITESTS)'
+	@$(MAKE) e2e-vm MODES=full RUN='$(CITESTS)' VMTIME=8m
 
 # Every test binary is built here: the VM has no compiler, and computes 14 times slower where it is emulated.
 e2e-vm-here: build $(CRICTL)
@@ -134,7 +136,7 @@ e2e-vm-here: build $(CRICTL)
 	@for mode in $(MODES); do \
 		echo "== $$mode"; \
 		scripts/vm.sh --mode $$mode $(INVM) --log $(CACHE)/vm/log-$$mode --env CORACLE_E2E_VM=$$mode \
-			-- /payload/e2e.test -test.v -test.timeout 60m -test.run '$(if $(filter .,$(RUN)),$(VMTESTS),$(RUN))' || exit 1; \
+			-- /payload/e2e.test -test.v -test.timeout $(VMTIME) -test.run '$(if $(filter .,$(RUN)),$(VMTESTS),$(RUN))' || exit 1; \
 	done
 
 critest-vm: ## critest in the VM, where its spec on OOM kills runs too; FOCUS=OOM for some specs

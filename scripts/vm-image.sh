@@ -78,6 +78,7 @@ configure() {
 		[Unit]
 		Description=The command of the test VM
 		Requires=coracle-vm-begin.service
+		Wants=coracle-vm-alive.service
 		After=coracle-vm-begin.service user@1000.service multi-user.target systemd-user-sessions.service
 		OnSuccess=coracle-vm-finish.service
 		OnFailure=coracle-vm-finish.service
@@ -108,12 +109,22 @@ configure() {
 		Type=oneshot
 		ExecStart=/usr/local/sbin/vm-finish
 	END
+	# What tells a command that says nothing from a machine that stands still.
+	write /etc/systemd/system/coracle-vm-alive.service 0644 <<-'END'
+		[Unit]
+		Description=The sign of life of the test VM
+		Requires=coracle-vm-begin.service
+		After=coracle-vm-begin.service
+		[Service]
+		ExecStart=/bin/sh -c 'while :; do cut -d" " -f1 /proc/uptime; sleep 5; done'
+		StandardOutput=file:/dev/virtio-ports/alive
+	END
 	mkdir -p "$root/etc/systemd/system/graphical.target.wants"
 	ln -sf /etc/systemd/system/coracle-vm.service "$root/etc/systemd/system/graphical.target.wants/coracle-vm.service"
 	write /usr/local/sbin/vm-begin 0755 <<-'END'
 		#!/bin/sh -e
 		# udev makes the devices when it comes to them.
-		until [ -c /dev/virtio-ports/out ] && [ -b /dev/vdb ] && [ -c /dev/net/tun ]; do sleep 0.2; done
+		until [ -c /dev/virtio-ports/out ] && [ -c /dev/virtio-ports/alive ] && [ -b /dev/vdb ] && [ -c /dev/net/tun ]; do sleep 0.2; done
 		mount -o ro /dev/vdb /payload
 		mkdir -p /var/log/vm && chown tester: /var/log/vm
 		chmod 0666 /dev/net/tun

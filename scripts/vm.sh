@@ -13,7 +13,8 @@
 #   service  no user systemd; the command is a process of a system service with Delegate=yes
 #
 # KVM is used where it boots the guest, else QEMU's emulation: 14 times slower at computing, 30 times at fork and exec.
-# CORACLE_VM_ACCEL=tcg or kvm skips the attempt.
+# CORACLE_VM_ACCEL=tcg or kvm skips the attempt. The guest tells every five seconds that it lives: an emulated machine that
+# stands still for two minutes is ended, where its processors stood is kept in DIR/stood-still.log, and it is booted once more.
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
@@ -50,6 +51,7 @@ size=$(($(du -sm "$work/payload" | cut -f1) * 11 / 10 + 16))
 mke2fs -q -t ext4 -O ^has_journal -d "$work/payload" "$work/payload.img" "${size}M" >/dev/null
 rm -rf "$work/payload"
 truncate -s 256M "$work/logs.img"
+mkfifo "$work/monitor.in" "$work/monitor.out"
 
 # boot runs the machine to its end with the accelerator: kvm or tcg. Emulated, an older processor is what works: with
 # QEMU 7.2's `-cpu max,-svm` the guest's C library fails in readlink(2), and with SVM the guest spends its boot on KVM.
@@ -65,13 +67,26 @@ boot() {
 		-drive "file=$work/logs.img,format=raw,if=virtio" \
 		-device virtio-rng-pci -device virtio-serial-pci \
 		-chardev "file,id=out,path=$log/output.log" -device virtserialport,chardev=out,name=out \
+		-chardev "file,id=alive,path=$log/alive.log" -device virtserialport,chardev=alive,name=alive \
+		-chardev "pipe,id=monitor,path=$work/monitor" -mon monitor \
 		-serial "file:$log/console.log" </dev/null
 }
 
-# attempt boots with the accelerator; it returns 1 where the guest shows no sign of life within a minute and a half.
+# stands_still tells whether the guest, which has lived, has not for two minutes. The count of its signs is kept in signs and
+# since when it is that in heard.
+stands_still() {
+	local now
+	now=$(stat -c %s "$log/alive.log" 2>/dev/null) || now=0
+	[ "$now" = "$signs" ] || { signs=$now heard=$SECONDS; }
+	[ "$signs" -gt 0 ] && [ $((SECONDS - heard)) -gt 120 ]
+}
+
+# attempt boots with the accelerator; it returns 1 where the guest shows no sign of life within a minute and a half, and
+# 75, sysexits' "try again", where it stops to live.
 attempt() {
-	local printer deadline=$((SECONDS + limit)) alive=$((SECONDS + 90))
+	local printer deadline=$((SECONDS + limit)) alive=$((SECONDS + 90)) signs=0 heard=0
 	: >"$log/output.log"
+	: >"$log/alive.log"
 	boot "$1" >"$log/qemu.log" 2>&1 &
 	pid=$!
 	tail -n +1 -f --pid=$pid "$log/output.log" &
@@ -83,6 +98,14 @@ attempt() {
 			kill $pid
 			wait $pid || true
 			return 1
+		fi
+		if stands_still; then
+			say "the guest stands still: after $signs bytes of signs of life none for two minutes"
+			echo 'info registers -a' >"$work/monitor.in"
+			timeout 3 cat "$work/monitor.out" >"$log/stood-still.log" || true
+			kill -KILL $pid
+			wait $pid || true
+			return 75
 		fi
 		[ $SECONDS -lt $deadline ] || {
 			say "the VM did not end within $limit seconds; its console is $log/console.log"
@@ -104,10 +127,19 @@ if [ -z "$accel" ]; then
 	[ ! -w /dev/kvm ] || accel=kvm
 fi
 began=$SECONDS
-attempt "$accel" || {
+ended=0
+attempt "$accel" || ended=$?
+if [ $ended = 1 ]; then
 	say "the guest does not boot under KVM here: emulating"
-	attempt tcg
-}
+	ended=0
+	attempt tcg || ended=$?
+fi
+if [ $ended = 75 ]; then
+	cp "$log/stood-still.log" "$log/console.log" "$work/"
+	say "booting it once more"
+	attempt tcg || die "the VM stood still twice"
+	mv "$work/stood-still.log" "$log/" && mv "$work/console.log" "$log/stood-still-console.log"
+fi
 tar -xf "$work/logs.img" -C "$log" --no-same-owner 2>/dev/null || true
 code=$(cat "$log/exit-code" 2>/dev/null) || true
 [ "$code" = 0 ] || tail -n 40 "$log/console.log" "$log/qemu.log" >&2
