@@ -46,6 +46,7 @@ packages() {
 	END
 	[ -z "$kube" ] || cat <<-END
 		nftables       nft, by which kube-proxy sets up services
+		netbase        /etc/protocols, without which it takes its own services away again
 	END
 	[ -z "$test$kube" ] || cat <<-END
 		crun           an OCI runtime: runtime handlers are tested with it

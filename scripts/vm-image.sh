@@ -22,7 +22,7 @@ mirror=$(apt-get indextargets --format '$(CREATED_BY) $(REPO_URI) $(CODENAME) $(
 # systemd with a user session and its bus; what a node and the tests run; crun for the OCI handlers; sudo for the commands
 # that coracle tells its user to run.
 packages=systemd,systemd-sysv,libpam-systemd,dbus,dbus-user-session,udev,kmod,initramfs-tools,$kernel
-packages=$packages,uidmap,slirp4netns,iproute2,util-linux,procps,crun,busybox-static,ca-certificates,nftables,iptables,make,curl,sudo
+packages=$packages,uidmap,slirp4netns,iproute2,util-linux,procps,crun,busybox-static,ca-certificates,nftables,netbase,iptables,make,curl,sudo
 
 # write makes a file of the guest from standard input: PATH MODE.
 write() {
