@@ -113,7 +113,7 @@ race-here: build-race $(CRICTL) $(HOSTILE)
 build-next: build
 	@mkdir -p $(NEXT)/alien
 	@$(GO) build -trimpath -tags "$(LEAN)" -ldflags "-X main.version=$(VERSION)-next" -o $(NEXT)/coracle ./cmd/coracle
-	@CGO_ENABLED=1 $(GO) build -trimpath -tags "$(KEEPER)" -ldflags "-X main.version=$(VERSION)-next" -o $(NEXT)/coracle-keeper ./cmd/coracle-keeper
+	@CGO_ENABLED=1 $(GO) build -trimpath -tags "$(KEEPER) netgo osusergo" -ldflags "-X main.version=$(VERSION)-next $$(scripts/static.sh)" -o $(NEXT)/coracle-keeper ./cmd/coracle-keeper
 	@CGO_ENABLED=1 $(GO) build -trimpath -tags "$(KEEPER)" -o $(NEXT)/alien/coracle-keeper \
 		-ldflags "-X main.version=$(VERSION)-alien -X github.com/coracle-cri/coracle/ctr/keeper.handoverFormat=1000" ./cmd/coracle-keeper
 	@ln -f $(NEXT)/coracle $(NEXT)/alien/coracle

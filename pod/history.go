@@ -49,6 +49,12 @@ func (h *history) write(id string, st containerStatus) error {
 	if err := saveStatus(h.path(id), st); err != nil {
 		return err
 	}
+	h.mark(id)
+	return nil
+}
+
+// mark has a file brought to stable storage.
+func (h *history) mark(id string) {
 	h.mu.Lock()
 	h.dirty[id] = struct{}{}
 	h.mu.Unlock()
@@ -56,7 +62,6 @@ func (h *history) write(id string, st containerStatus) error {
 	case h.woken <- struct{}{}:
 	default:
 	}
-	return nil
 }
 
 // run brings to stable storage what was written, until ctx ends. What is written after that is close's.
@@ -136,14 +141,16 @@ func (h *history) remove(id string) error {
 	return nil
 }
 
-// sweepHalf removes what a daemon that died was writing, and what else would be in the way of a next file of the name.
-// Nobody may write meanwhile.
+// sweepHalf removes what a daemon that died was writing, and what else would be in the way of a next file of the name. What
+// that daemon had written is on stable storage or not: it counts as dirty. Nobody may write meanwhile.
 func (h *history) sweepHalf() error {
 	entries, err := os.ReadDir(h.dir)
 	errs := []error{err}
 	for _, e := range entries {
 		if strings.HasSuffix(e.Name(), tempSuffix) {
 			errs = append(errs, os.RemoveAll(filepath.Join(h.dir, e.Name())))
+		} else if id, ok := recordID(e); ok {
+			h.mark(id)
 		}
 	}
 	if err := errors.Join(errs...); err != nil {

@@ -118,6 +118,8 @@ configure() {
 		[Service]
 		ExecStart=/bin/sh -c 'while :; do cut -d" " -f1 /proc/uptime; sleep 5; done'
 		StandardOutput=file:/dev/virtio-ports/alive
+		Restart=always
+		OOMScoreAdjust=-1000
 	END
 	mkdir -p "$root/etc/systemd/system/graphical.target.wants"
 	ln -sf /etc/systemd/system/coracle-vm.service "$root/etc/systemd/system/graphical.target.wants/coracle-vm.service"

@@ -40,6 +40,7 @@ work=$(mktemp -d "${TMPDIR:-/var/tmp}/coracle-vm.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 log=${log:-$work/log}
 mkdir -p "$log"
+rm -f "$log/exit-code" "$log"/stood-still*.log # of an earlier run
 
 # The payload is a file system of its own, made from a directory.
 mkdir "$work/payload"
@@ -72,19 +73,20 @@ boot() {
 		-serial "file:$log/console.log" </dev/null
 }
 
-# stands_still tells whether the guest, which has lived, has not for two minutes. The count of its signs is kept in signs and
-# since when it is that in heard.
+# stands_still tells whether the guest, which has lived, has not for 240 looks, which are two minutes. They are counted, since a
+# host that sleeps has a clock that goes on. What the guest has written is kept in signs, and how often that was all in looks.
 stands_still() {
 	local now
 	now=$(stat -c %s "$log/alive.log" 2>/dev/null) || now=0
-	[ "$now" = "$signs" ] || { signs=$now heard=$SECONDS; }
-	[ "$signs" -gt 0 ] && [ $((SECONDS - heard)) -gt 120 ]
+	looks=$((looks + 1))
+	[ "$now" = "$signs" ] || { signs=$now looks=0; }
+	[ "$signs" -gt 0 ] && [ "$looks" -gt 240 ]
 }
 
 # attempt boots with the accelerator; it returns 1 where the guest shows no sign of life within a minute and a half, and
 # 75, sysexits' "try again", where it stops to live.
 attempt() {
-	local printer deadline=$((SECONDS + limit)) alive=$((SECONDS + 90)) signs=0 heard=0
+	local printer deadline=$((SECONDS + limit)) alive=$((SECONDS + 90)) signs=0 looks=0
 	: >"$log/output.log"
 	: >"$log/alive.log"
 	boot "$1" >"$log/qemu.log" 2>&1 &
@@ -101,17 +103,16 @@ attempt() {
 		fi
 		if stands_still; then
 			say "the guest stands still: after $signs bytes of signs of life none for two minutes"
-			echo 'info registers -a' >"$work/monitor.in"
+			timeout 3 sh -c 'echo info registers -a >"$0"' "$work/monitor.in" || true
 			timeout 3 cat "$work/monitor.out" >"$log/stood-still.log" || true
 			kill -KILL $pid
 			wait $pid || true
 			return 75
 		fi
 		[ $SECONDS -lt $deadline ] || {
-			say "the VM did not end within $limit seconds; its console is $log/console.log"
 			kill $pid
 			wait $pid || true
-			return 0
+			die "the VM did not end within $limit seconds; its console is $log/console.log"
 		}
 		sleep 0.5
 	done

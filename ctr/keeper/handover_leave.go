@@ -81,10 +81,7 @@ func (p *process) handed() *handedProcess {
 // handed writes a container down. The caller holds what may change it.
 func (c *container) handed(number func(handle) int) *handedContainer {
 	h := &handedContainer{State: c.snapshot(), Seq: c.seq, Doomed: c.doomed.Load(), Mounts: -1,
-		OwnPID: c.member.ownPID, MountNS: c.member.mountNS, Cgroup: c.member.cgroup}
-	c.record.Lock()
-	h.Behind = c.behind // what catches up meanwhile is written again
-	c.record.Unlock()
+		OwnPID: c.member.ownPID, Behind: c.behind, MountNS: c.member.mountNS, Cgroup: c.member.cgroup}
 	if c.init != nil && !h.State.Exited() {
 		h.Init = c.init.handed()
 	}

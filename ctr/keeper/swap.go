@@ -188,6 +188,10 @@ func (k *Keeper) freeze(ctx context.Context) (thaw func() error, err error) {
 	}
 	undo.push(func() error { k.swap.ends.open(); return nil })
 	for _, c := range k.all() {
+		if err := lock(ctx, &c.record); err != nil { // who catches up is not of the calls, and no execve is to cut it off
+			return nil, fmt.Errorf("await the record of container %s: %w", c.id, err)
+		}
+		undo.push(func() error { c.record.Unlock(); return nil })
 		if c.stdio == nil {
 			continue
 		}

@@ -18,7 +18,7 @@ const (
 	rowFifty     = "50 pods, 10 at once, until all run"
 	rowFiftyCPU  = "CPU time a pod, 50 pods 10 at once"
 	rowFiftyEnd  = "50 pods, 10 at once, until all are removed"
-	rowPodPSS    = "memory a pod beyond its workload, all processes, PSS"
+	rowPodPSS    = "memory a pod of 500 beyond its workload, all processes, PSS"
 	rowRestart   = "daemon killed, with 50 pods, to its next answer"
 	rowFirst     = "pods 5 to 15, one after another, to running"
 	rowLast      = "pods 490 to 500, to running"

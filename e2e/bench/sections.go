@@ -75,42 +75,11 @@ func (c *comparison) fifty(ctx context.Context) error {
 			}
 		}
 	}
-	for range max(1, c.rounds(2)) {
-		if err := c.memory(ctx); err != nil {
-			return err
-		}
-	}
 	return nil
 }
 
 // count pods are started and ended, atOnce at a time.
 const count, atOnce = 50, 10
-
-// memory looks at each node twice, at rest: without pods, and with count of them.
-func (c *comparison) memory(ctx context.Context) (err error) {
-	reading := func() map[*node]float64 {
-		time.Sleep(rested)
-		of := map[*node]float64{}
-		for _, n := range c.nodes {
-			if n.root != 0 {
-				_, of[n], _ = pss(tree(n.root))
-			}
-		}
-		return of
-	}
-	before := reading()
-	for _, n := range c.nodes {
-		fleet, lerr := n.launchMany(ctx, count, atOnce)
-		defer func() { err = errors.Join(err, n.endMany(ctx, fleet, atOnce)) }()
-		if lerr != nil {
-			return fmt.Errorf("%s: %w", n.name, lerr)
-		}
-	}
-	for n, kib := range reading() {
-		c.got.add(rowPodPSS, n.name, (kib-before[n])/count)
-	}
-	return nil
-}
 
 func (c *comparison) fiftyOf(ctx context.Context, n *node) (err error) {
 	used, counted := n.cpu()
@@ -213,9 +182,21 @@ func (n *node) asks(r running) map[string]func(context.Context) (int, error) {
 	}
 }
 
-// fiveHundred runs 500 pods, one after another, and asks for them.
+// atRest is the memory in KiB of a node that has done nothing for a while.
+func (n *node) atRest() float64 {
+	time.Sleep(rested)
+	_, others, _ := pss(tree(n.root))
+	return others
+}
+
+// fiveHundred runs 500 pods, one after another, and asks for them. So many, since the memory of a daemon at rest differs by
+// two MiB from one look to the next.
 func (c *comparison) fiveHundred(ctx context.Context) error {
 	for _, n := range c.nodes {
+		var without float64
+		if n.root != 0 {
+			without = n.atRest()
+		}
 		fleet, err := n.launchMany(ctx, 500, 1)
 		if err == nil {
 			for i, r := range fleet {
@@ -227,6 +208,9 @@ func (c *comparison) fiveHundred(ctx context.Context) error {
 				}
 			}
 			err = c.lists(ctx, n, fleet)
+			if n.root != 0 {
+				c.got.add(rowPodPSS, n.name, (n.atRest()-without)/float64(len(fleet)))
+			}
 		}
 		if err := errors.Join(err, n.endMany(ctx, fleet, 10)); err != nil {
 			return fmt.Errorf("%s: %w", n.name, err)
