@@ -123,6 +123,22 @@ func (n *node) neighbour(ip netip.Addr) *netlink.Neigh {
 	return &netlink.Neigh{LinkIndex: n.bridge.Attrs().Index, Family: familyOf(ip).number, IP: ip.AsSlice()}
 }
 
+// neighbours are the addresses of which the node was told for good who has them.
+func (n *node) neighbours() (ips []netip.Addr, err error) {
+	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
+		list, err := n.route.NeighList(n.bridge.Attrs().Index, family)
+		if err != nil {
+			return nil, fmt.Errorf("list neighbours: %w", err)
+		}
+		for _, neighbour := range list {
+			if ip, ok := netip.AddrFromSlice(neighbour.IP); ok && neighbour.State&netlink.NUD_PERMANENT != 0 {
+				ips = append(ips, ip.Unmap())
+			}
+		}
+	}
+	return ips, nil
+}
+
 // forgetNeighbours undoes that part of introduce which does not go with the link. It is idempotent.
 func (n *node) forgetNeighbours(r *record) error {
 	for _, a := range r.Addresses {

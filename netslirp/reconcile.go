@@ -39,6 +39,7 @@ func (n *Network) Reconcile(ctx context.Context, live map[string]bool) error {
 			errs = append(errs, n.node.unplug(link))
 		}
 	}
+	errs = append(errs, n.forgetStrays()) // before their addresses are free for others
 	for _, id := range owners {
 		if pods[id] == nil { // host-local wrote it, the crash came before our record
 			errs = append(errs, n.ledger.release(id))
@@ -49,6 +50,23 @@ func (n *Network) Reconcile(ctx context.Context, live map[string]bool) error {
 		return fmt.Errorf("reconcile network: %w", err)
 	}
 	return nil
+}
+
+// forgetStrays takes away neighbours with an address that no pod has: of a pod whose record is gone.
+func (n *Network) forgetStrays() error {
+	neighbours, err := n.node.neighbours()
+	if err != nil {
+		return err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	stray := &record{}
+	for _, ip := range neighbours {
+		if !slices.ContainsFunc(slices.Collect(maps.Values(n.pods)), func(r *record) bool { return r.has(ip) }) {
+			stray.Addresses = append(stray.Addresses, netip.PrefixFrom(ip, ip.BitLen()))
+		}
+	}
+	return n.node.forgetNeighbours(stray)
 }
 
 // unpublishStrays ends published ports that lead to an address of ours that no pod has.
