@@ -89,7 +89,9 @@ func (n *Network) take(ctx context.Context, r *record, current []*pool, netns *o
 	if err := n.guard.allow(r); err != nil {
 		return err
 	}
-	u.push(func(context.Context) error { return errors.Join(n.node.remove(r.Link), n.node.forgetNeighbours(r)) }) // first: plug may fail half way
+	u.push(func(context.Context) error { // first: plug may fail half way
+		return errors.Join(n.node.remove(r.Link), n.node.forgetNeighbours(r.Addresses))
+	})
 	refused, err := n.node.plug(r, netns)
 	if err != nil {
 		return err
@@ -110,7 +112,7 @@ func (n *Network) doWithout(r *record, refused []netip.Prefix) error {
 		return fmt.Errorf("give %s an address of %s, the only pod CIDR: a sysctl of the pod disables IPv6: %w",
 			podInterface, refused[0].Masked(), ErrInvalid)
 	}
-	if err := errors.Join(n.guard.forbid(r), n.node.forgetNeighbours(&record{Addresses: refused})); err != nil {
+	if err := errors.Join(n.guard.forbid(r), n.node.forgetNeighbours(refused)); err != nil {
 		return err
 	}
 	n.setAddresses(r, left)
@@ -240,7 +242,7 @@ func (n *Network) giveBack(ctx context.Context, r *record) error {
 		}
 		crash.Point("net/forwards-removed")
 	}
-	if err := errors.Join(n.node.unplug(r.Link), n.node.forgetNeighbours(r), n.guard.forbid(r)); err != nil {
+	if err := errors.Join(n.node.unplug(r.Link), n.node.forgetNeighbours(r.Addresses), n.guard.forbid(r)); err != nil {
 		return err
 	}
 	if err := n.ledger.release(r.PodID); err != nil {

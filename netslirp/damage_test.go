@@ -75,6 +75,18 @@ func TestDamagedState(t *testing.T) {
 	}
 }
 
+// TestAPodWithoutRecordLeavesNothing: a record that is gone takes along what the kernel and the address store have of the pod.
+func TestAPodWithoutRecordLeavesNothing(t *testing.T) {
+	l := newLab(t)
+	n := l.open()
+	l.attach(n, "hit")
+	must(t, n.Close())
+	must(t, os.Remove(filepath.Join(l.cfg.Dir, "pods", "hit.json")))
+	n = l.open()
+	must(t, n.Reconcile(context.Background(), map[string]bool{"hit": true}))
+	l.checkEmpty(n)
+}
+
 // stateFiles are the files that a network with pods makes, so that a new kind is not forgotten.
 func stateFiles(t *testing.T) (files []string) {
 	t.Helper()

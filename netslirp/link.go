@@ -123,25 +123,23 @@ func (n *node) neighbour(ip netip.Addr) *netlink.Neigh {
 	return &netlink.Neigh{LinkIndex: n.bridge.Attrs().Index, Family: familyOf(ip).number, IP: ip.AsSlice()}
 }
 
-// neighbours are the addresses of which the node was told for good who has them.
-func (n *node) neighbours() (ips []netip.Addr, err error) {
-	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
-		list, err := n.route.NeighList(n.bridge.Attrs().Index, family)
-		if err != nil {
-			return nil, fmt.Errorf("list neighbours: %w", err)
-		}
-		for _, neighbour := range list {
-			if ip, ok := netip.AddrFromSlice(neighbour.IP); ok && neighbour.State&netlink.NUD_PERMANENT != 0 {
-				ips = append(ips, ip.Unmap())
-			}
+// neighbours are the addresses of which the node was told who has them: by introduce.
+func (n *node) neighbours() (told []netip.Addr, err error) {
+	list, err := n.route.NeighList(n.bridge.Attrs().Index, netlink.FAMILY_ALL)
+	if err != nil {
+		return nil, fmt.Errorf("list neighbours: %w", err)
+	}
+	for _, x := range list {
+		if ip, ok := netip.AddrFromSlice(x.IP); ok && x.State == netlink.NUD_PERMANENT && !ip.IsMulticast() {
+			told = append(told, ip.Unmap())
 		}
 	}
-	return ips, nil
+	return told, nil
 }
 
 // forgetNeighbours undoes that part of introduce which does not go with the link. It is idempotent.
-func (n *node) forgetNeighbours(r *record) error {
-	for _, a := range r.Addresses {
+func (n *node) forgetNeighbours(addresses []netip.Prefix) error {
+	for _, a := range addresses {
 		if err := n.route.NeighDel(n.neighbour(a.Addr())); err != nil && !errors.Is(err, unix.ENOENT) {
 			return fmt.Errorf("forget neighbour %s: %w", a.Addr(), err)
 		}

@@ -196,11 +196,9 @@ func emptyTables(n *Network) error {
 			return fmt.Errorf("elements of %s left: %v, %w", set.Name, elements, err)
 		}
 	}
-	neighbours, err := netlink.NeighList(n.node.bridge.Attrs().Index, 0)
-	for _, x := range neighbours {
-		if x.State == netlink.NUD_PERMANENT && !x.IP.IsMulticast() {
-			err = errors.Join(err, fmt.Errorf("neighbour %v is left", x))
-		}
+	left, err := n.node.neighbours()
+	if err == nil && len(left) > 0 {
+		err = fmt.Errorf("neighbours are left: %v", left)
 	}
 	return err
 }

@@ -60,13 +60,19 @@ func (n *Network) forgetStrays() error {
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	stray := &record{}
-	for _, ip := range neighbours {
-		if !slices.ContainsFunc(slices.Collect(maps.Values(n.pods)), func(r *record) bool { return r.has(ip) }) {
-			stray.Addresses = append(stray.Addresses, netip.PrefixFrom(ip, ip.BitLen()))
+	of := map[netip.Addr]bool{}
+	for _, r := range n.pods {
+		for _, a := range r.Addresses {
+			of[a.Addr()] = true
 		}
 	}
-	return n.node.forgetNeighbours(stray)
+	var strays []netip.Prefix
+	for _, ip := range neighbours {
+		if !of[ip] {
+			strays = append(strays, netip.PrefixFrom(ip, ip.BitLen()))
+		}
+	}
+	return n.node.forgetNeighbours(strays)
 }
 
 // unpublishStrays ends published ports that lead to an address of ours that no pod has.
