@@ -183,6 +183,24 @@ func TestHistoryIsOnStableStorageWhenTheDaemonHasEnded(t *testing.T) {
 	}
 }
 
+// TestHistoryOfADaemonThatDiedIsSyncedByTheNext: whether it was on stable storage nobody knows.
+func TestHistoryOfADaemonThatDiedIsSyncedByTheNext(t *testing.T) {
+	dir := t.TempDir()
+	if err := newHistory(dir, slog.New(slog.DiscardHandler)).write("c", containerStatus{StartedAt: time.Now()}); err != nil {
+		t.Fatal(err)
+	}
+	next := newHistory(dir, slog.New(slog.DiscardHandler))
+	if err := next.sweepHalf(); err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := next.dirty["c"]; !ok || len(next.woken) != 1 {
+		t.Errorf("to be synced: %v; woken %d times", next.dirty, len(next.woken))
+	}
+	if err := next.flush(); err != nil || len(next.dirty) > 0 {
+		t.Errorf("%v, left: %v", err, next.dirty)
+	}
+}
+
 // TestWhatCannotBeSyncedStaysDirty, for the next try.
 func TestWhatCannotBeSyncedStaysDirty(t *testing.T) {
 	h := newHistory(t.TempDir(), slog.New(slog.DiscardHandler))

@@ -23,7 +23,7 @@ func delegated(t *testing.T) {
 		t.Fatal(err)
 	}
 	if !cgroups {
-		t.Skip("no delegated cgroup2 subtree here")
+		t.Skip("no delegated cgroup2 subtree here; to run this test: scripts/as-user.sh make test-unit, as root")
 	}
 }
 

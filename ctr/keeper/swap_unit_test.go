@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"sync"
 	"testing"
 	"time"
 )
@@ -27,31 +28,42 @@ func servingKeeper(t *testing.T) (*Keeper, *output) {
 	return k, c.stdio.stderr
 }
 
-// TestAFreezeIsGivenUpWhereALogHangs: a write to a log that does not come back must not hold up the whole node for ever,
-// and what waited for it takes nothing along.
-func TestAFreezeIsGivenUpWhereALogHangs(t *testing.T) {
-	k, hangs := servingKeeper(t)
-	hangs.passing.Lock()
+// TestAFreezeIsGivenUpWhereAWriteHangs: a write to a log, or of a record, that does not come back must not hold up the whole
+// node for ever, and what waited for it takes nothing along.
+func TestAFreezeIsGivenUpWhereAWriteHangs(t *testing.T) {
+	k, stderr := servingKeeper(t)
+	for what, mu := range map[string]*sync.Mutex{"log": &stderr.passing, "record": &k.containers["c1"].record} {
+		t.Run(what, func(t *testing.T) { freezeAround(t, k, mu) })
+	}
+}
+
+// freezeAround freezes while somebody holds mu, in vain, and after that.
+func freezeAround(t *testing.T, k *Keeper, mu *sync.Mutex) {
+	mu.Lock()
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Millisecond)
 	defer cancel()
-	if _, err := k.freeze(ctx); !errors.Is(err, context.DeadlineExceeded) {
+	thaw, err := k.freeze(ctx)
+	if err == nil {
+		err = thaw()
+		t.Errorf("it did not wait; thawed: %v", err)
+	} else if !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("while it hangs: %v", err)
 	}
 	k.swap.calls.enter() // open again
 	k.swap.calls.leave()
-	hangs.passing.Unlock()
-	thaw, err := k.freeze(context.Background())
+	mu.Unlock()
+	thaw, err = k.freeze(context.Background())
 	if err != nil {
 		t.Fatal(err)
 	}
-	if hangs.passing.TryLock() {
+	if mu.TryLock() {
 		t.Error("it is not held while everything is frozen")
 	}
 	if err := thaw(); err != nil {
 		t.Error(err)
 	}
-	hangs.passing.Lock() // nobody has it
-	defer hangs.passing.Unlock()
+	mu.Lock() // nobody has it
+	defer mu.Unlock()
 }
 
 // TestTheEndOfTheNodeEndsAFreeze that waits for a call: the node is not kept up by its own replacement.
