@@ -136,10 +136,9 @@ if [ $ended = 1 ]; then
 	attempt tcg || ended=$?
 fi
 if [ $ended = 75 ]; then
-	cp "$log/stood-still.log" "$log/console.log" "$work/"
 	say "booting it once more"
+	mv "$log/console.log" "$log/stood-still-console.log"
 	attempt tcg || die "the VM stood still twice"
-	mv "$work/stood-still.log" "$log/" && mv "$work/console.log" "$log/stood-still-console.log"
 fi
 tar -xf "$work/logs.img" -C "$log" --no-same-owner 2>/dev/null || true
 code=$(cat "$log/exit-code" 2>/dev/null) || true

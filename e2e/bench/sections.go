@@ -208,7 +208,7 @@ func (c *comparison) fiveHundred(ctx context.Context) error {
 				}
 			}
 			err = c.lists(ctx, n, fleet)
-			if n.root != 0 {
+			if err == nil && n.root != 0 {
 				c.got.add(rowPodPSS, n.name, (n.atRest()-without)/float64(len(fleet)))
 			}
 		}
