@@ -49,7 +49,7 @@ func TestScriptRefuses(t *testing.T) {
 	refused(t, "--port x: want a number", "up", "--port", "x")
 	refused(t, "unknown", "up", "surplus")
 	refused(t, "which one? etcd kube-apiserver", "restart", "--name", name, "nothing")
-	refused(t, "there is no cluster", "status", "--name", "never")
+	refused(t, "there is no cluster; to start one, run: ../../scripts/cluster up --name never\n", "status", "--name", "never")
 	refused(t, "there is no cluster", "kubeconfig", "--name", "never")
 	want(t, done(t, "down", "--name", "never"), "there is no cluster never")
 	want(t, done(t, "status", "--name", name), "etcd runs\n", "kubelet runs\n", "node-ports runs\n", node)
