@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"os"
+	ossignal "os/signal"
 	"path/filepath"
 	"regexp"
 	"strconv"
@@ -153,6 +155,11 @@ func TestUpAfterKill(t *testing.T) {
 // TestInterrupt: a foreground node is a program of the user's terminal, which Ctrl-C and the terminal's end end with
 // everything.
 func TestInterrupt(t *testing.T) {
+	if ossignal.Ignored(syscall.SIGHUP) { // the tests run by nohup, and so would the node, which then goes on after a hangup
+		caught := make(chan os.Signal, 1)
+		ossignal.Notify(caught, syscall.SIGHUP)
+		defer ossignal.Stop(caught)
+	}
 	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGHUP} {
 		t.Run(sig.String(), func(t *testing.T) {
 			n, image := upWithBusybox(t, "default")
