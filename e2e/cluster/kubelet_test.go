@@ -78,6 +78,11 @@ func TestStandaloneKubelet(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(manifests, "pod.yaml"), []byte(manifest), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	for _, mistyped := range [][]string{{"--kubelet", "/nonesuch"}, {"--manifests", filepath.Join(manifests, "nonesuch")}} {
+		if out, err := kubeletScript(mistyped...).CombinedOutput(); err == nil || !strings.Contains(string(out), "there is no ") {
+			t.Errorf("scripts/kubelet %v: %v, says: %s", mistyped, err, out)
+		}
+	}
 	printed, err := kubeletScript("--manifests", manifests, "--print").Output()
 	if err != nil {
 		t.Fatal(err)

@@ -3,7 +3,9 @@ package cluster
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"os/exec"
@@ -47,6 +49,8 @@ func TestScriptRefuses(t *testing.T) {
 	refused(t, "want at most 27", "up", "--name", "Capital")
 	refused(t, "wants a value", "up", "--port")
 	refused(t, "--port x: want a number", "up", "--port", "x")
+	refused(t, "--port 99999: want a number from 1", "up", "--port", "99999")
+	refused(t, "--bin: there is no such folder", "up", "--bin", "/nonesuch")
 	refused(t, "unknown", "up", "surplus")
 	refused(t, "which one? etcd kube-apiserver", "restart", "--name", name, "nothing")
 	refused(t, "there is no cluster; to start one, run: ../../scripts/cluster up --name never\n", "status", "--name", "never")
@@ -78,6 +82,11 @@ func TestSecondCluster(t *testing.T) {
 	if out, err := the.coracle("enter", "--name", "kube-"+other, "--", "true"); err == nil {
 		t.Errorf("the node of the cluster that did not come up is up: %s", out)
 	}
+	if _, err := os.Stat(filepath.Join(the.dir, "data", "coracle-kube-"+other)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the cluster that did not come up has left a directory: %v", err)
+	}
+	refused(t, "this is not true yet: the API server answers", "up", "--name", other, "--bin", programs, "--timeout", "0")
+	done(t, "down", "--name", other)
 	if err := taken.Close(); err != nil {
 		t.Fatal(err)
 	}
