@@ -26,6 +26,48 @@ func TestFullDisk(t *testing.T) {
 		box.Run(t, box.Host{SmallTmp: "size=32m,nr_inodes=8000"})
 		return
 	}
+	fullDisk(t, newHome)
+}
+
+// TestQuota is the same where it is not the disk that is full, but the user's quota. The runtime directory is in memory, as
+// /run/user is.
+func TestQuota(t *testing.T) {
+	if !box.Inside() {
+		box.Run(t, box.Host{Tmp: nstest.QuotaDir(t)})
+		return
+	}
+	fullDisk(t, newHomeInMemory)
+}
+
+// newHomeInMemory is a home whose runtime directory is a symbolic link to one in memory.
+func newHomeInMemory(t *testing.T) *home {
+	t.Helper()
+	h := newHome(t)
+	run, err := os.MkdirTemp("/dev/shm", "ce-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.Remove(h.path("run")), os.Symlink(run, h.path("run"))); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(run); err != nil {
+			t.Error(err)
+		}
+	})
+	return h
+}
+
+// TestRuntimeDirectoryByALink: a node starts where XDG_RUNTIME_DIR is an absolute symbolic link.
+func TestRuntimeDirectoryByALink(t *testing.T) {
+	if !box.Inside() {
+		box.Run(t, box.Host{})
+		return
+	}
+	newHomeInMemory(t).up("default").crictl("pods")
+}
+
+func fullDisk(t *testing.T, newHome func(*testing.T) *home) {
 	registry := newRegistry(t, fixture.RegistryOptions{})
 	image, other := pushBusybox(t, registry), pushText(t, registry, "tests/other:1")
 	n := newHome(t).up("default")
@@ -52,7 +94,7 @@ func TestFullDisk(t *testing.T) {
 		says string
 		args []string
 	}{
-		{"crictl rmi", []string{"pull", other}}, {"make room on the filesystem of", []string{"runp", second}}, {"room", []string{"create", pod, third, file}},
+		{"crictl rmi", []string{"pull", other}}, {"on the filesystem of", []string{"runp", second}}, {"room", []string{"create", pod, third, file}},
 	} {
 		r := n.try(c.args...)
 		if r.code == 0 || !strings.Contains(r.errs, "ResourceExhausted") || !strings.Contains(r.errs, c.says) || !strings.Contains(r.errs, n.dir) {
@@ -176,14 +218,18 @@ func pushText(t *testing.T, r *fixture.Registry, name string) string {
 	return r.Addr + "/" + name
 }
 
-// TestUpOnAFullDisk: a node that cannot start says why, and leaves nothing.
+// TestUpOnAFullDisk: a node that cannot start says why, and leaves nothing; one that is not up is told to be so.
 func TestUpOnAFullDisk(t *testing.T) {
 	if !box.Inside() {
 		box.Run(t, box.Host{SmallTmp: "size=16m,nr_inodes=4000"})
 		return
 	}
 	h := newHome(t)
+	h.up("default").down()
 	free := nstest.Fill(t, "/tmp")
+	if r := h.coracle("down"); r.code != 0 || !strings.Contains(r.out, "is not up") {
+		t.Errorf("coracle down on a full disk: exit code %d\n%s%s", r.code, r.out, r.errs)
+	}
 	if r := h.coracle("up"); r.code == 0 || !strings.Contains(r.errs, "no space left on device") {
 		t.Errorf("coracle up on a full disk: exit code %d\n%s%s", r.code, r.out, r.errs)
 	}

@@ -245,11 +245,11 @@ func (s *Store) tempDir(prefix string) (string, error) {
 
 // discard takes path out of the store at once, and then removes it. A path that is not there is no error.
 func (s *Store) discard(path string) error {
-	trash := s.path("tmp", "trash-"+rand.Text())
-	if err := os.Rename(path, trash); errors.Is(err, fs.ErrNotExist) {
+	trash, err := s.trash(path)
+	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	} else if err != nil {
-		return fmt.Errorf("remove: %w", err)
+		return err
 	}
 	crash.Point("images/discarded")
 	if err := os.RemoveAll(trash); err != nil {

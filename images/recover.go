@@ -6,12 +6,14 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"golang.org/x/sys/unix"
 
 	"github.com/coracle-cri/coracle/e2e/crash"
 )
@@ -85,14 +87,31 @@ func (s *Store) collect() error {
 	return err
 }
 
-// trash renames path into tmp and returns where it is.
+// trash renames path into tmp and returns where it is; "" where it is gone already.
 func (s *Store) trash(path string) (string, error) {
 	trash := s.path("tmp", "trash-"+rand.Text())
-	if err := os.Rename(path, trash); err != nil {
+	err := os.Rename(path, trash)
+	if errors.Is(err, unix.EDQUOT) || errors.Is(err, unix.ENOSPC) {
+		return "", removeInPlace(path) // btrfs wants room for a new name, of a user whose quota is used up
+	}
+	if err != nil {
 		return "", fmt.Errorf("remove: %w", err)
 	}
 	crash.Point("images/trashed")
 	return trash, nil
+}
+
+// removeInPlace removes a directory of the store, its record first: what is then left of it counts for nothing.
+func removeInPlace(dir string) error {
+	for _, record := range []string{"layer.json", "rootfs.json"} {
+		if err := os.Remove(filepath.Join(dir, record)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("remove: %w", err)
+		}
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		return fmt.Errorf("remove: %w", err)
+	}
+	return nil
 }
 
 // setAside moves a record that cannot be read out of the way, and says where.

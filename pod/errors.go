@@ -132,6 +132,9 @@ func roomHint(err error) string {
 	} else if at := (*os.LinkError)(nil); errors.As(err, &at) {
 		where = filepath.Dir(at.New)
 	}
+	if errors.Is(err, syscall.EDQUOT) {
+		return "; your quota on the filesystem of " + where + " is used up: make room there (quota -s shows it, where it is a user's), and try again"
+	}
 	return "; make room on the filesystem of " + where + " (df -h and df -i show what has run out), and try again"
 }
 

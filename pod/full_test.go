@@ -12,15 +12,19 @@ import (
 	"github.com/coracle-cri/coracle/rootless/nstest"
 )
 
-// TestFullDirectories: in each directory that the daemon writes to, bytes or inodes run out. What cannot be made is refused
+// TestFullDirectories: in each directory that the daemon writes to, bytes, inodes or the user's quota run out. What cannot be made is refused
 // with a word on where, and leaves nothing; what runs is stopped and removed; with room it works again.
 func TestFullDirectories(t *testing.T) {
 	for _, sub := range []string{"data/pods", "data/containers", "run/pods", "run/containers"} {
-		for _, options := range []string{"size=256k,nr_inodes=10000", "size=8m,nr_inodes=120"} {
+		for _, options := range []string{"size=256k,nr_inodes=10000", "size=8m,nr_inodes=120", nstest.UserQuota} {
 			t.Run(sub+" "+options, func(t *testing.T) {
 				h := newHarness(t)
 				dir := filepath.Join(filepath.Dir(h.cfg.DataDir), sub)
 				nstest.Small(t, dir, options)
+				says := "make room"
+				if options == nstest.UserQuota {
+					says = "your quota on"
+				}
 				t.Cleanup(h.removeAll) // while what it is in is mounted
 				pod := h.run(h.podConfig("a"))
 				first := h.launchIn(pod, "first", "exec sleep 1000")
@@ -33,7 +37,7 @@ func TestFullDirectories(t *testing.T) {
 				} else {
 					_, err = h.tryRun(h.podConfig("b"))
 				}
-				if status.Code(err) != codes.ResourceExhausted || !strings.Contains(err.Error(), dir) || !strings.Contains(err.Error(), "make room") {
+				if status.Code(err) != codes.ResourceExhausted || !strings.Contains(err.Error(), dir) || !strings.Contains(err.Error(), says) {
 					t.Errorf("error = %v", err)
 				}
 				if after := h.facts(); after != before {

@@ -100,8 +100,18 @@ func (n Node) Known() bool {
 
 // MakeDirs makes both directories, 0700. One that is there must be this user's, and is closed to others: in a place
 // that all may write, such as /tmp, somebody else could have made it first.
-func (n Node) MakeDirs() error {
-	for _, dir := range []string{n.RuntimeDir, n.DataDir} {
+func (n Node) MakeDirs() error { return makeDirs(n.RuntimeDir, n.DataDir) }
+
+// MakeDataDir is MakeDirs for who only looks whether there is a runtime directory: there may be no room to make it.
+func (n Node) MakeDataDir() error {
+	if _, err := os.Lstat(n.RuntimeDir); err == nil {
+		return n.MakeDirs()
+	}
+	return makeDirs(n.DataDir)
+}
+
+func makeDirs(dirs ...string) error {
+	for _, dir := range dirs {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return fmt.Errorf("make directory: %w", err)
 		}

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"syscall"
@@ -61,9 +62,15 @@ func (n Node) InitRootlesskit() error {
 // process gets are passed to the child.
 func (n Node) RunParent(o ParentOptions) error {
 	quiet(o.Debug)
+	// RootlessKit looks for the network namespace below /proc/PID/root, where an absolute symbolic link on the way would
+	// lead out again.
+	stateDir, err := filepath.EvalSymlinks(n.RootlesskitDir())
+	if err != nil {
+		return fmt.Errorf("find rootlesskit state directory: %w", err)
+	}
 	opt := parent.Opt{
 		PipeFDEnvKey: pipeEnv, ChildUseActivationEnvKey: activationEnv,
-		StateDir: n.RootlesskitDir(), StateDirEnvKey: stateEnv,
+		StateDir: stateDir, StateDirEnvKey: stateEnv,
 		NetworkDriver: o.Network, PortDriver: o.Ports,
 		CreatePIDNS: true, CreateCgroupNS: true, CreateUTSNS: true, CreateIPCNS: true,
 		DetachNetNS: true, Propagation: propagation, SubidSource: parent.SubidSourceAuto,
@@ -73,7 +80,7 @@ func (n Node) RunParent(o ParentOptions) error {
 	}
 	// RootlessKit's sockets and files are for this user alone. The child has a mask of its own.
 	unix.Umask(0o077)
-	err := parent.Parent(opt)
+	err = parent.Parent(opt)
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
 		if status, ok := exit.Sys().(syscall.WaitStatus); ok && status.Signaled() && status.Signal() == unix.SIGKILL {

@@ -100,6 +100,37 @@ release() {
 	say "the cgroup $1 could not be removed"
 }
 
+# quota makes a filesystem on which the user has a quota, for the tests of its end, and prints where: each package that has
+# such tests has a directory of its name there. Prints nothing where this root may not mount, or the kernel has no btrfs.
+quota() {
+	local at=/var/tmp/$TEST_USER.quota package
+	end_quota
+	(
+		set -e
+		mkdir -p "$at/mnt"
+		truncate -s 512M "$at/image"
+		mkfs.btrfs -q "$at/image"
+		mount -o loop "$at/image" "$at/mnt"
+		btrfs quota enable "$at/mnt"
+		for package in e2e images pod; do
+			btrfs subvolume create "$at/mnt/$package"
+			btrfs qgroup limit 32M "$at/mnt/$package"
+			chown "$TEST_USER:$TEST_USER" "$at/mnt/$package"
+		done
+	) >/dev/null 2>&1 || {
+		end_quota
+		return 0
+	}
+	echo "$at/mnt"
+}
+
+# end_quota removes that filesystem, and one that a run has left which was killed.
+end_quota() {
+	local at=/var/tmp/$TEST_USER.quota
+	! mountpoint -q "$at/mnt" || umount "$at/mnt" || umount --lazy "$at/mnt"
+	rm -rf --one-file-system "$at"
+}
+
 # environment prints the variables that the user's command gets: names and values, NUL between them.
 environment() {
 	local name
@@ -123,7 +154,9 @@ run_as_test_user() {
 	runtime=$(mktemp -d "/run/$TEST_USER.XXXXXX")
 	chown "$TEST_USER:$TEST_USER" "$runtime"
 	cgroup=$(delegate)
-	trap 'release "$cgroup"; rm -rf --one-file-system "$runtime"' EXIT
+	trap 'release "$cgroup"; end_quota; rm -rf --one-file-system "$runtime"' EXIT
+	CORACLE_E2E_QUOTA=$(quota)
+	export CORACLE_E2E_QUOTA
 	mapfile -d '' -t vars < <(environment "$runtime")
 	# The shell that becomes the command moves itself first: a child is born in its parent's cgroup.
 	(

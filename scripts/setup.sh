@@ -54,6 +54,7 @@ packages() {
 	[ -z "$test" ] || cat <<-END
 		debootstrap    builds the test image of a real distribution
 		zstd           packs it
+		btrfs-progs    makes a filesystem with a quota
 	END
 	[ -z "$vm" ] || cat <<-END
 		qemu-system-x86 runs the test VM

@@ -79,7 +79,7 @@ func settledRecord(node rootless.Node) (rootless.Record, error) {
 		if time.Now().After(deadline) {
 			return node.Find()
 		}
-		if err := node.MakeDirs(); err != nil {
+		if err := node.MakeDataDir(); err != nil {
 			return record, err
 		}
 		lock, lockErr := node.TryLock()
@@ -97,7 +97,7 @@ func settledRecord(node rootless.Node) (rootless.Record, error) {
 
 // sweepDown removes what a node that was killed has left.
 func sweepDown(node rootless.Node) (swept bool, err error) {
-	if err := node.MakeDirs(); err != nil {
+	if err := node.MakeDataDir(); err != nil {
 		return false, err
 	}
 	lock, err := node.TryLock()

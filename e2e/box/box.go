@@ -29,6 +29,7 @@ type Host struct {
 	NoUserns bool              // user.max_user_namespaces is 0
 	NoCgroup bool              // cgroup v2 may only be read, as in most containers
 	SmallTmp string            // /tmp is a tmpfs of its own, bounded by these options
+	Tmp      string            // /tmp is this directory of the host
 	Names    map[string]string // what the name server on 127.0.0.53 answers: full name, without the last dot → IPv4 address
 	Search   string            // search domain of /etc/resolv.conf
 

@@ -76,6 +76,9 @@ func shape(h Host, uid int) error {
 	if h.SmallTmp != "" {
 		steps = append(steps, func() error { return unix.Mount("tmpfs", "/tmp", "tmpfs", 0, "mode=1777,"+h.SmallTmp) })
 	}
+	if h.Tmp != "" {
+		steps = append(steps, func() error { return unix.Mount(h.Tmp, "/tmp", "", unix.MS_BIND, "") })
+	}
 	for _, step := range steps {
 		if err := step(); err != nil {
 			return err

@@ -32,11 +32,27 @@ func TestLeaks(t *testing.T) {
 	for _, d := range after.differences(before) {
 		t.Errorf("after %d pods there are other %s", pods, d)
 	}
-	for name, size := range grown {
-		// After ten pods a program has not the size yet that it keeps.
-		if !testing.Short() && float64(size) > 1.05*float64(sizes[name]) {
-			t.Errorf("the %s has grown from %d to %d KiB", name, sizes[name], size)
+	if testing.Short() {
+		return // after ten pods a program has not the size yet that it keeps
+	}
+	// The size of a Go program comes and goes, of the keeper's 6 MiB some 5 % from one reading to the next. What leaks is
+	// more after each further thousand pods.
+	larger := func() (out []string) {
+		for name, size := range grown {
+			if float64(size) > 1.05*float64(sizes[name]) {
+				out = append(out, fmt.Sprintf("the %s from %d to %d KiB", name, sizes[name], size))
+			}
 		}
+		return out
+	}
+	for round := 1; round < 3 && len(larger()) > 0; round++ {
+		t.Logf("larger by more than 5 %%: %v; another %d pods", larger(), pods)
+		n.churn(image, warm+round*pods, pods)
+		n.settled(before)
+		grown = n.sizes()
+	}
+	if grown := larger(); len(grown) > 0 {
+		t.Errorf("grown with the pods that were run: %v", grown)
 	}
 }
 

@@ -10,14 +10,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// UserQuota are options of Small: the room is what the user's quota on QuotaDir leaves.
+const UserQuota = "quota"
+
 // Small mounts a tmpfs on dir, which is made where it is missing, until the end of the test. options bound it: "size=64k",
 // "nr_inodes=20".
 func Small(t testing.TB, dir, options string) {
 	t.Helper()
+	from, kind, flags, data := "tmpfs", "tmpfs", uintptr(0), "mode=0755,"+options
+	if options == UserQuota {
+		from, kind, flags, data = quotaDir(t), "", unix.MS_BIND, ""
+	}
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "mode=0755,"+options); err != nil {
+	if err := unix.Mount(from, dir, kind, flags, data); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -25,6 +32,52 @@ func Small(t testing.TB, dir, options string) {
 			t.Error(err)
 		}
 	})
+}
+
+// quotaDir makes a directory below QuotaDir.
+func quotaDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp(QuotaDir(t), "")
+	if err == nil {
+		err = os.Chmod(dir, 0o755)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+		Settle(t, filepath.Dir(dir))
+	})
+	return dir
+}
+
+// Settle waits until what was removed below dir counts no more: btrfs gives a quota back with its next transaction.
+func Settle(t testing.TB, dir string) {
+	t.Helper()
+	f, err := os.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(unix.Syncfs(int(f.Fd())), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// QuotaDir is a directory of the caller's on a filesystem where it has a quota of 32 MiB, for the tests of this package
+// alone: scripts/as-user.sh makes it, as root, where it can. Without it the test is skipped.
+func QuotaDir(t testing.TB) string {
+	t.Helper()
+	dir := os.Getenv("CORACLE_E2E_QUOTA")
+	if dir == "" {
+		t.Skip("no directory with a quota (CORACLE_E2E_QUOTA): scripts/as-user.sh makes one where it runs as root, may mount, and the kernel has btrfs")
+	}
+	here, err := os.Getwd()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return filepath.Join(dir, filepath.Base(here))
 }
 
 // Fill takes all the room of the filesystem that dir is on, bytes and then inodes, and returns how to give it back.
@@ -42,7 +95,7 @@ func Fill(t testing.TB, dir string) (free func()) {
 		for err == nil {
 			_, err = f.Write(make([]byte, size))
 		}
-		if !errors.Is(err, unix.ENOSPC) {
+		if !errors.Is(err, unix.ENOSPC) && !errors.Is(err, unix.EDQUOT) {
 			t.Fatal(err)
 		}
 		err = nil
