@@ -102,23 +102,35 @@ lint: $(LINTER) ## go vet and golangci-lint, at a pinned version
 vuln: $(VULN) ## known vulnerabilities in what coracle calls, by govulncheck at a pinned version; of vuln.go.dev, or of its Go module
 	@scripts/vuln.sh $(CURDIR)/$(VULN) "$(LEAN) $(KEEPER)"
 
-race: ## unit and end-to-end tests with Go's race detector, as an ordinary user; RUN=TestName for some
+race: ## unit and end-to-end tests, and the short faults, with Go's race detector, as an ordinary user; RUN=TestName for some
 	@scripts/setup.sh --test
 	@scripts/as-user.sh make race-here RUN='$(RUN)'
 
 # A report of the programs' own is in a node's log, where the end-to-end tests look for it.
 race-here: build-race $(CRICTL) $(HOSTILE)
 	@CGO_ENABLED=1 $(GO) test -race -tags "$(LEAN) $(KEEPER)" -run '$(RUN)' -timeout 30m $(COVERED)
-	@CORACLE_E2E=$(CURDIR)/$(CACHE)/race CORACLE_E2E_CRICTL=$(CURDIR)/$(CRICTL) CORACLE_E2E_HOSTILE=$(CURDIR)/$(HOSTILE) \
-		CGO_ENABLED=1 $(GO) test -race -v -count=1 -timeout 60m -run '$(RUN)' ./e2e
+	$(call next,$(CACHE)/race/next,-race,-race -trimpath -tags "$(KEEPER)",)
+	@CORACLE_E2E_NEXT=$(CURDIR)/$(CACHE)/race/next CORACLE_E2E_HOSTILE=$(CURDIR)/$(HOSTILE) $(RACED) -run '$(RUN)' ./e2e
+	@mkdir -p $(CACHE)/race/faults
+	@CGO_ENABLED=1 $(GO) build -race -trimpath -tags "$(LEAN) faults" -ldflags "$(LDFLAGS)" -o $(CACHE)/race/faults/coracle ./cmd/coracle
+	@ln -f $(CACHE)/race/coracle-keeper $(CACHE)/race/faults/coracle-keeper
+	@CORACLE_E2E_POINTS=$(CURDIR)/$(CACHE)/race/faults $(RACED) -short -run '$(RUN)' ./e2e/faults
+
+RACED = CORACLE_E2E=$(CURDIR)/$(CACHE)/race CORACLE_E2E_CRICTL=$(CURDIR)/$(CRICTL) CGO_ENABLED=1 $(GO) test -race -v -count=1 -timeout 60m
+
+# $(call next,DIR,FLAGS,KEEPERFLAGS,LINKERFLAGS) builds programs of another version, and a keeper whose state is of another
+# kind. The programs of the race detector need cgo.
+define next
+	@mkdir -p $(1)/alien
+	@$(if $(2),CGO_ENABLED=1) $(GO) build $(2) -trimpath -tags "$(LEAN)" -ldflags "-X main.version=$(VERSION)-next" -o $(1)/coracle ./cmd/coracle
+	@CGO_ENABLED=1 $(GO) build $(3) -ldflags "-X main.version=$(VERSION)-next $(4)" -o $(1)/coracle-keeper ./cmd/coracle-keeper
+	@CGO_ENABLED=1 $(GO) build -trimpath -tags "$(KEEPER)" -o $(1)/alien/coracle-keeper \
+		-ldflags "-X main.version=$(VERSION)-alien -X github.com/coracle-cri/coracle/ctr/keeper.handoverFormat=1000" ./cmd/coracle-keeper
+	@ln -f $(1)/coracle $(1)/alien/coracle
+endef
 
 build-next: build
-	@mkdir -p $(NEXT)/alien
-	@$(GO) build -trimpath -tags "$(LEAN)" -ldflags "-X main.version=$(VERSION)-next" -o $(NEXT)/coracle ./cmd/coracle
-	@CGO_ENABLED=1 $(GO) build $(SHIPPED) -ldflags "-X main.version=$(VERSION)-next $$(scripts/static.sh)" -o $(NEXT)/coracle-keeper ./cmd/coracle-keeper
-	@CGO_ENABLED=1 $(GO) build -trimpath -tags "$(KEEPER)" -o $(NEXT)/alien/coracle-keeper \
-		-ldflags "-X main.version=$(VERSION)-alien -X github.com/coracle-cri/coracle/ctr/keeper.handoverFormat=1000" ./cmd/coracle-keeper
-	@ln -f $(NEXT)/coracle $(NEXT)/alien/coracle
+	$(call next,$(NEXT),,$(SHIPPED),$$(scripts/static.sh))
 
 e2e: build-next $(CRICTL) $(HOSTILE) ## end-to-end tests, as the calling user (not root); RUN=TestName for some
 	@CORACLE_E2E=$(CURDIR)/bin CORACLE_E2E_CRICTL=$(CURDIR)/$(CRICTL) CORACLE_E2E_HOSTILE=$(CURDIR)/$(HOSTILE) CORACLE_E2E_NEXT=$(CURDIR)/$(NEXT) \

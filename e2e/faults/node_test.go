@@ -125,6 +125,11 @@ func (n *node) log() string {
 }
 
 func (n *node) down() {
+	defer func() {
+		if strings.Contains(n.log(), "WARNING: DATA RACE") { // programs of make race
+			n.t.Errorf("the node's log has a data race:\n%s", n.log())
+		}
+	}()
 	if n.t.Failed() {
 		lines := strings.Split(n.log(), "\n")
 		n.t.Logf("the node's log ends with:\n%s", strings.Join(lines[max(0, len(lines)-60):], "\n"))
