@@ -117,6 +117,10 @@ func (d *damaged) moreIPs(pod string) (ips []string) {
 // notState are files that are no state: content of images and of pods, logs, and what a container writes.
 var notState = regexp.MustCompile(`/(diff|merged|upper|work|fix|tmp|corrupt|ns|etc|shm|history)(/|$)|\.log(\.1)?$|\.unreadable(/|$)|\.pipe$|/rk/netns$`)
 
+// recordFile is one of the records that the daemon reads when it comes up. The keeper reads its own when it is replaced, and history is
+// for the node's next start. What can be read as root inside the node is not "unreadable".
+var recordFile = regexp.MustCompile(`^data/coracle/(pods|containers|images/(images|layers|rootfs))/|^run/coracle/(pods|containers|net/pods|node\.json)`)
+
 // addressFile is that of an address that is not the victim's.
 var addressFile = regexp.MustCompile(`/ipam/([0-9.]+|[0-9a-f]+:[0-9a-f:]+)$`)
 
@@ -165,7 +169,7 @@ func (d *damaged) try1(number int, file, name string) {
 	if err := errors.Join(os.Rename(path, saved), damages[name](path, old)); err != nil {
 		t.Fatal(err)
 	}
-	was := d.daemon()
+	was, logged := d.daemon(), len(d.logged())
 	signal(t, was, syscall.SIGKILL)
 	eventually(t, 20*time.Second, "the daemon comes up", func() error {
 		if r := d.try("version"); r.code != 0 {
@@ -176,6 +180,9 @@ func (d *damaged) try1(number int, file, name string) {
 		}
 		return nil
 	})
+	if log := d.logged()[logged:]; name != "missing" && name != "unreadable" && recordFile.MatchString(file) && !strings.Contains(log, path) {
+		t.Errorf("the log does not tell of %s:\n%s", path, tail(log, 20))
+	}
 	if now := d.exec(d.counts, "sh", "-c", "cat /proc/1/stat | cut -d' ' -f22"); now != d.identity {
 		t.Errorf("the control pod's container was started anew")
 	}

@@ -101,14 +101,16 @@ func (s *Store) trash(path string) (string, error) {
 	return trash, nil
 }
 
-// removeInPlace removes a directory of the store, its record first: what is then left of it counts for nothing.
-func removeInPlace(dir string) error {
+// removeInPlace removes a file or directory of the store, of a directory the record first: what is then left of it counts
+// for nothing.
+func removeInPlace(path string) error {
 	for _, record := range []string{"layer.json", "rootfs.json"} {
-		if err := os.Remove(filepath.Join(dir, record)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		err := os.Remove(filepath.Join(path, record))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOTDIR) {
 			return fmt.Errorf("remove: %w", err)
 		}
 	}
-	if err := os.RemoveAll(dir); err != nil {
+	if err := os.RemoveAll(path); err != nil {
 		return fmt.Errorf("remove: %w", err)
 	}
 	return nil
@@ -202,6 +204,7 @@ func (s *Store) loadLayers(newer *bool) (stale []string, err error) {
 		err := readRecord(filepath.Join(dir, "layer.json"), r)
 		if errors.Is(err, errNewer) {
 			*newer = true
+			s.log.Error("layer is not served", "error", err)
 			continue
 		}
 		if err == nil && dirName(r.DiffID) != e.Name() {
@@ -323,7 +326,9 @@ func (s *Store) loadMounts(newer *bool) (stale []string, err error) {
 			r := &rootfsRecord{}
 			err := readRecord(filepath.Join(dir, "rootfs.json"), r)
 			if err != nil {
-				if !errors.Is(err, errNewer) {
+				if errors.Is(err, errNewer) {
+					s.log.Error("root filesystem stays until its container is gone", "error", err)
+				} else {
 					s.setAside(filepath.Join(dir, "rootfs.json"), err)
 				}
 				// What the record says cannot be known: its layers must stay until the owner is gone.
