@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"os/exec"
 	"strconv"
@@ -95,7 +96,7 @@ func (n Node) TryLock() (*Lock, error) {
 	if lock := n.handedOver(); lock != nil {
 		return lock, nil
 	}
-	f, err := os.OpenFile(n.lockFile(), os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
+	f, err := n.openLock()
 	if err != nil {
 		return nil, fmt.Errorf("open lock: %w", err)
 	}
@@ -107,6 +108,27 @@ func (n Node) TryLock() (*Lock, error) {
 		return nil, fmt.Errorf("lock %s: %w", n.lockFile(), err)
 	}
 	return &Lock{file: f}, nil
+}
+
+// openLock mends what keeps the file from being opened. A mode is mended in place, so that whoever has the lock keeps it.
+func (n Node) openLock() (*os.File, error) {
+	path := n.lockFile()
+	open := func() (*os.File, error) { return os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600) }
+	f, err := open()
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		err = os.Chmod(path, 0o600)
+	case errors.Is(err, unix.EISDIR):
+		aside := path + ".unreadable"
+		slog.Error("lock set aside: it is no file", "path", path, "moved", aside)
+		err = errors.Join(os.RemoveAll(aside), os.Rename(path, aside))
+	default:
+		return f, err
+	}
+	if err != nil {
+		return nil, err
+	}
+	return open()
 }
 
 // lockEnv names the descriptor of a lock that was handed over.
