@@ -85,6 +85,7 @@ var grpcCodes = []struct {
 	{syscall.EDQUOT, codes.ResourceExhausted},
 	{errState, codes.FailedPrecondition},
 	{ctr.ErrNotRunning, codes.FailedPrecondition},
+	{ctr.ErrLogReplaced, codes.FailedPrecondition},
 	{errUnsupported, codes.Unimplemented},
 	{ctr.ErrUnsupported, codes.FailedPrecondition},
 	{errTimeout, codes.DeadlineExceeded},
