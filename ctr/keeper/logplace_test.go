@@ -66,8 +66,8 @@ func TestALogIsNotWrittenThroughALinkedDirectory(t *testing.T) {
 		t.Fatal(err)
 	}
 	for what, put := range map[string]func() error{
-		"a relative link": func() error { return os.Symlink("../host", p.place) },
-		"an absolute one": func() error { return os.Symlink(p.host, p.place) },
+		"a relative link":       func() error { return os.Symlink("../host", p.place) },
+		"an absolute one":       func() error { return os.Symlink(p.host, p.place) },
 		"one through /proc":     func() error { return os.Symlink("/proc/self/root"+p.host, p.place) },
 		"a file":                func() error { return os.WriteFile(p.place, nil, 0o600) },
 		"one that stays inside": func() error { return os.Symlink("moved", p.place) },
