@@ -55,6 +55,30 @@ func TestProgramsAreNotOverwritten(t *testing.T) {
 // the user, and the node goes on.
 func TestForkBomb(t *testing.T) {
 	most := uint64(700)
+	x := limitedTarget(t, most)
+	daemon := x.daemon()
+	quiet, quietFile := x.runPod("quiet", nil)
+	bystander := x.start(quiet, quietFile, "bystander", x.image, shell("exec sleep 1000"))
+	pod, file := x.runPod("bomb", nil)
+	id := x.start(pod, file, "bomb", x.image, x.hostile(quarter{}, "exec /hostile bomb"))
+	if started := x.bombed(id); started < 100 || started > most-most/4 {
+		t.Errorf("the bomb: %d", started)
+	}
+	if out := x.exec(bystander, "echo", "well"); out != "well" {
+		t.Errorf("another pod meanwhile: %q", out)
+	}
+	other, otherFile := x.runPod("late", nil)
+	x.start(other, otherFile, "late", x.image, shell("exec sleep 1000"))
+	x.crictl("rmp", "-f", pod)
+	if now := x.daemon(); now != daemon {
+		t.Errorf("the daemon was %d and is %d", daemon, now)
+	}
+	x.down("--grace", "0s")
+}
+
+// limitedTarget is a node whose user may have only so many processes. The test itself gets its own limit back.
+func limitedTarget(t *testing.T, most uint64) *target {
+	t.Helper()
 	var own unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NPROC, &own); err != nil {
 		t.Fatal(err)
@@ -62,7 +86,6 @@ func TestForkBomb(t *testing.T) {
 	if own.Cur < most {
 		t.Skipf("the user may have %d processes", own.Cur)
 	}
-	// The node inherits it. The test itself gets its own back.
 	if err := unix.Setrlimit(unix.RLIMIT_NPROC, &unix.Rlimit{Cur: most, Max: own.Max}); err != nil {
 		t.Fatal(err)
 	}
@@ -74,23 +97,36 @@ func TestForkBomb(t *testing.T) {
 	t.Cleanup(back)
 	x := newTarget(t)
 	back()
-	daemon := x.daemon()
-	quiet, quietFile := x.runPod("quiet", nil)
-	bystander := x.start(quiet, quietFile, "bystander", x.image, shell("exec sleep 1000"))
-	pod, file := x.runPod("bomb", nil)
-	id := x.start(pod, file, "bomb", x.image, x.hostile(quarter{}, "exec /hostile bomb"))
+	return x
+}
+
+// bombed waits for a bomb to have no way on, and tells how many processes it has started.
+func (x *target) bombed(id string) (started uint64) {
+	x.t.Helper()
 	x.awaitLog(id, "bomb: ")
-	var started uint64
 	out := x.crictl("logs", id)
-	if _, err := fmt.Sscanf(out, "bomb: %d", &started); err != nil || started < 100 || started > most-most/4 {
-		t.Errorf("the bomb: %s", out)
+	if _, err := fmt.Sscanf(out, "bomb: %d", &started); err != nil {
+		x.t.Errorf("the bomb: %s", out)
 	}
-	if out := x.exec(bystander, "echo", "well"); out != "well" {
-		t.Errorf("another pod meanwhile: %q", out)
+	return started
+}
+
+// TestForkBombCannotChangeIDs: without CAP_SETUID and setuid files a container has one user id, which has the limit.
+func TestForkBombCannotChangeIDs(t *testing.T) {
+	most := uint64(700)
+	x := limitedTarget(t, most)
+	daemon := x.daemon()
+	for _, q := range []quarter{
+		{name: "without", container: object{"capabilities": object{"drop_capabilities": []string{"SETUID"}}, "no_new_privs": true}},
+		{name: "restricted", container: object{"capabilities": object{"drop_capabilities": []string{"ALL"}}, "run_as_user": object{"value": 1000}, "no_new_privs": true}},
+	} {
+		pod, file := x.runPod(q.name, nil)
+		id := x.start(pod, file, "bomb", x.image, x.hostile(q, "exec /hostile bomb 3"))
+		if started := x.bombed(id); started < 100 || started > most-most/4 {
+			t.Errorf("%s: the bomb: %d", q.name, started)
+		}
+		x.crictl("rmp", "-f", pod)
 	}
-	other, otherFile := x.runPod("late", nil)
-	x.start(other, otherFile, "late", x.image, shell("exec sleep 1000"))
-	x.crictl("rmp", "-f", pod)
 	if now := x.daemon(); now != daemon {
 		t.Errorf("the daemon was %d and is %d", daemon, now)
 	}
