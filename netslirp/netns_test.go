@@ -37,7 +37,7 @@ func defective() error { panic("a test's") }
 
 func TestAnErrorOnAThreadIsReturned(t *testing.T) {
 	want := errors.New("a test's")
-	if err := OnOwnThread(func() error { return want }); err != want {
+	if err := OnOwnThread(func() error { return want }); !errors.Is(err, want) {
 		t.Error(err)
 	}
 }
