@@ -21,6 +21,8 @@ var (
 	ErrNotFound   = wire.ErrNotFound
 	ErrNotRunning = wire.ErrNotRunning
 	ErrExists     = wire.ErrExists
+	// ErrLogReplaced: something else is in the place of a log, or of a directory between it and its LogDir.
+	ErrLogReplaced = wire.ErrLogReplaced
 )
 
 type (
@@ -61,6 +63,9 @@ type CreateRequest struct {
 	Spec *specs.Spec
 	// LogPath is absolute, in a directory that exists; "" keeps no log.
 	LogPath string
+	// LogDir is the directory in which the log may be: on the way from it to LogPath no symbolic link is followed. With ""
+	// only a link in the last place is refused.
+	LogDir string
 	// Stdin keeps standard input open for attach; StdinOnce closes it after the first attach that had it.
 	Stdin, StdinOnce bool
 	TTY              bool
@@ -72,7 +77,7 @@ type CreateRequest struct {
 // cannot be executed is an error here, not of Start.
 func (c *Client) Create(ctx context.Context, r CreateRequest) (State, error) {
 	return c.callState(ctx, wire.Request{Op: wire.OpCreate, ID: r.ID, Create: &wire.Create{
-		Spec: r.Spec, LogPath: r.LogPath, Stdin: r.Stdin, StdinOnce: r.StdinOnce, TTY: r.TTY, Runtime: r.Runtime}})
+		Spec: r.Spec, LogPath: r.LogPath, LogDir: r.LogDir, Stdin: r.Stdin, StdinOnce: r.StdinOnce, TTY: r.TTY, Runtime: r.Runtime}})
 }
 
 // Start lets a created container run.
@@ -100,9 +105,10 @@ func (c *Client) List(ctx context.Context) ([]State, error) {
 }
 
 // ReopenLog makes the keeper go on in a new file at the log's path, after the old one was renamed. A container
-// that does not run is ErrNotRunning, and no file is made.
-func (c *Client) ReopenLog(ctx context.Context, id string) error {
-	_, err := c.call(ctx, wire.Request{Op: wire.OpReopenLog, ID: id})
+// that does not run is ErrNotRunning, and no file is made. logDir is the LogDir of its CreateRequest, which the keeper
+// does not remember.
+func (c *Client) ReopenLog(ctx context.Context, id, logDir string) error {
+	_, err := c.call(ctx, wire.Request{Op: wire.OpReopenLog, ID: id, LogDir: logDir})
 	return err
 }
 

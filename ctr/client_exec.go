@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -77,6 +78,11 @@ func (c *Client) Exec(ctx context.Context, r ExecRequest) (*ExecSession, error) 
 // await takes the exit code as soon as it comes.
 func (e *ExecSession) await() {
 	defer close(e.done)
+	defer func() {
+		if reason := recover(); reason != nil { // who waits knows what to do without a code
+			e.err = fmt.Errorf("read exit code of exec: the daemon has a defect: %v\n%s", reason, debug.Stack())
+		}
+	}()
 	reply, err := e.stream.read()
 	switch {
 	case err != nil:

@@ -55,6 +55,30 @@ func TestProgramsAreNotOverwritten(t *testing.T) {
 // the user, and the node goes on.
 func TestForkBomb(t *testing.T) {
 	most := uint64(700)
+	x := limitedTarget(t, most)
+	daemon := x.daemon()
+	quiet, quietFile := x.runPod("quiet", nil)
+	bystander := x.start(quiet, quietFile, "bystander", x.image, shell("exec sleep 1000"))
+	pod, file := x.runPod("bomb", nil)
+	id := x.start(pod, file, "bomb", x.image, x.hostile(quarter{}, "exec /hostile bomb"))
+	if started := x.bombed(id); started < 100 || started > most-most/4 {
+		t.Errorf("the bomb: %d", started)
+	}
+	if out := x.exec(bystander, "echo", "well"); out != "well" {
+		t.Errorf("another pod meanwhile: %q", out)
+	}
+	other, otherFile := x.runPod("late", nil)
+	x.start(other, otherFile, "late", x.image, shell("exec sleep 1000"))
+	x.crictl("rmp", "-f", pod)
+	if now := x.daemon(); now != daemon {
+		t.Errorf("the daemon was %d and is %d", daemon, now)
+	}
+	x.down("--grace", "0s")
+}
+
+// limitedTarget is a node whose user may have only so many processes. The test itself gets its own limit back.
+func limitedTarget(t *testing.T, most uint64) *target {
+	t.Helper()
 	var own unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NPROC, &own); err != nil {
 		t.Fatal(err)
@@ -62,7 +86,6 @@ func TestForkBomb(t *testing.T) {
 	if own.Cur < most {
 		t.Skipf("the user may have %d processes", own.Cur)
 	}
-	// The node inherits it. The test itself gets its own back.
 	if err := unix.Setrlimit(unix.RLIMIT_NPROC, &unix.Rlimit{Cur: most, Max: own.Max}); err != nil {
 		t.Fatal(err)
 	}
@@ -74,23 +97,36 @@ func TestForkBomb(t *testing.T) {
 	t.Cleanup(back)
 	x := newTarget(t)
 	back()
-	daemon := x.daemon()
-	quiet, quietFile := x.runPod("quiet", nil)
-	bystander := x.start(quiet, quietFile, "bystander", x.image, shell("exec sleep 1000"))
-	pod, file := x.runPod("bomb", nil)
-	id := x.start(pod, file, "bomb", x.image, x.hostile(quarter{}, "exec /hostile bomb"))
+	return x
+}
+
+// bombed waits for a bomb to have no way on, and tells how many processes it has started.
+func (x *target) bombed(id string) (started uint64) {
+	x.t.Helper()
 	x.awaitLog(id, "bomb: ")
-	var started uint64
 	out := x.crictl("logs", id)
-	if _, err := fmt.Sscanf(out, "bomb: %d", &started); err != nil || started < 100 || started > most-most/4 {
-		t.Errorf("the bomb: %s", out)
+	if _, err := fmt.Sscanf(out, "bomb: %d", &started); err != nil {
+		x.t.Errorf("the bomb: %s", out)
 	}
-	if out := x.exec(bystander, "echo", "well"); out != "well" {
-		t.Errorf("another pod meanwhile: %q", out)
+	return started
+}
+
+// TestForkBombCannotChangeIDs: without CAP_SETUID and setuid files a container has one user id, which has the limit.
+func TestForkBombCannotChangeIDs(t *testing.T) {
+	most := uint64(700)
+	x := limitedTarget(t, most)
+	daemon := x.daemon()
+	for _, q := range []quarter{
+		{name: "without", container: object{"capabilities": object{"drop_capabilities": []string{"SETUID"}}, "no_new_privs": true}},
+		{name: "restricted", container: object{"capabilities": object{"drop_capabilities": []string{"ALL"}}, "run_as_user": object{"value": 1000}, "no_new_privs": true}},
+	} {
+		pod, file := x.runPod(q.name, nil)
+		id := x.start(pod, file, "bomb", x.image, x.hostile(q, "exec /hostile bomb 3"))
+		if started := x.bombed(id); started < 100 || started > most-most/4 {
+			t.Errorf("%s: the bomb: %d", q.name, started)
+		}
+		x.crictl("rmp", "-f", pod)
 	}
-	other, otherFile := x.runPod("late", nil)
-	x.start(other, otherFile, "late", x.image, shell("exec sleep 1000"))
-	x.crictl("rmp", "-f", pod)
 	if now := x.daemon(); now != daemon {
 		t.Errorf("the daemon was %d and is %d", daemon, now)
 	}
@@ -143,25 +179,48 @@ func TestMountsStayInside(t *testing.T) {
 }
 
 // TestLogDirectoryOfAContainer: a container that has its log directory as a volume aims its log at a file of the host's,
-// and the kubelet has it opened anew.
+// and the kubelet has it opened anew. Its log is in that directory itself, and as the kubelet has it, in one below.
 func TestLogDirectoryOfAContainer(t *testing.T) {
 	x := newTarget(t)
 	secret := x.write("secret", "untouched")
-	logs := x.mkdir("logs")
+	logs, host := x.mkdir("logs"), x.mkdir("host")
+	victim := x.write("host/0.log", "untouched")
 	pod, file := x.runPod("logs", object{"log_directory": logs})
-	id := x.start(pod, file, "liar", x.image, shell("while :; do echo from the container; sleep 0.01; done").with("log_path", "liar.log").
-		with("mounts", []object{{"host_path": logs, "container_path": "/logs"}}))
-	for _, trick := range []string{"ln -s " + secret, "ln " + "/etc/hostname", "mkfifo", "mkdir", "mknod /logs/null c 1 3; ln -s /dev/null"} {
-		x.exec(id, "sh", "-c", "rm -rf /logs/liar.log; "+trick+" /logs/liar.log; true")
+	liar := func(name, path string) string {
+		return x.start(pod, file, name, x.image, shell("while :; do echo from the container; sleep 0.01; done").with("log_path", path).
+			with("mounts", []object{{"host_path": logs, "container_path": "/logs"}}))
+	}
+	flat, nested := liar("flat", "liar.log"), liar("nested", "liar/0.log")
+	reopen := func(id, trick string, works bool) {
+		t.Helper()
+		x.exec(id, "sh", "-c", "cd /logs; "+trick+"; true")
 		r := x.try("logs", "--reopen", id)
-		_ = r
 		time.Sleep(50 * time.Millisecond) // a few lines
-		if raw, err := os.ReadFile(secret); err != nil || string(raw) != "untouched" {
-			t.Fatalf("after %s: %q, %v", trick, raw, err)
+		for _, path := range []string{secret, victim} {
+			if raw, err := os.ReadFile(path); err != nil || string(raw) != "untouched" {
+				t.Fatalf("after %s: %s: %q, %v", trick, path, raw, err)
+			}
+		}
+		if entries, err := os.ReadDir(host); err != nil || len(entries) != 1 {
+			t.Fatalf("after %s: %v, %v", trick, entries, err)
+		}
+		if works != (r.code == 0) || !works && !strings.Contains(r.errs, "FailedPrecondition") {
+			t.Errorf("after %s, reopen: %d, %s", trick, r.code, r.errs)
 		}
 	}
-	x.exec(id, "sh", "-c", "rm -rf /logs/liar.log")
-	x.crictl("logs", "--reopen", id)
+	for _, trick := range []string{"ln -s " + secret + " liar.log", "mkfifo liar.log", "mkdir liar.log", "ln -s /dev/null liar.log"} {
+		reopen(flat, "rm -rf liar.log; "+trick, false)
+	}
+	reopen(flat, "rm -rf liar.log", true)
+	for _, trick := range []string{"ln -s ../host liar", "ln -s " + host + " liar", "ln -s /proc/self/root" + host + " liar", "touch liar", "mkdir else; ln -s else liar"} {
+		reopen(nested, "rm -rf liar; "+trick, false)
+	}
+	if r := x.try("create", pod, x.containerConfig("late", x.image, shell("true").with("log_path", "liar/1.log")), file); r.code != 0 {
+		t.Error(r.errs)
+	} else if r := x.try("start", strings.TrimSpace(r.out)); r.code == 0 || !strings.Contains(r.errs, "FailedPrecondition") {
+		t.Errorf("start: %d, %s", r.code, r.errs)
+	}
+	reopen(nested, "rm -rf liar; mkdir liar", true)
 	x.crictl("rmp", "-f", pod)
 	x.down("--grace", "0s")
 }

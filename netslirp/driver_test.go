@@ -39,7 +39,7 @@ func TestCheckTun(t *testing.T) {
 	}
 	must(t, os.WriteFile(path, nil, 0o000))
 	must(t, checkTun(path)) // root of the tests' namespace may
-	must(t, onThreadOfItsOwn(func() error {
+	must(t, OnOwnThread(func() error {
 		// Without CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH the file's mode counts, as for an ordinary user.
 		hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 		var none [2]unix.CapUserData // two words, the kernel fills version 3's 64 bits from both

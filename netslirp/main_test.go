@@ -217,7 +217,7 @@ func newNetNS(t testing.TB) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "net")
 	must(t, os.WriteFile(path, nil, 0o600))
-	must(t, onThreadOfItsOwn(func() error {
+	must(t, OnOwnThread(func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			return err
 		}

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"runtime"
+	"runtime/debug"
 
 	"golang.org/x/sys/unix"
 )
@@ -30,7 +31,7 @@ func openNetNS(path string) (*os.File, error) {
 // inNetNS calls fn on an OS thread that is inside ns, and waits for it. fn must make its sockets itself and not in
 // other goroutines, which run on other threads.
 func inNetNS(ns *os.File, fn func() error) error {
-	return onThreadOfItsOwn(func() error {
+	return OnOwnThread(func() error {
 		if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
 			return fmt.Errorf("enter network namespace %s: %w", ns.Name(), err)
 		}
@@ -38,23 +39,68 @@ func inNetNS(ns *os.File, fn func() error) error {
 	})
 }
 
-// onThreadOfItsOwn calls fn on a locked OS thread, waits for it, and lets the runtime end the thread: it is not
-// unlocked, because it could not go back to the namespace that it came from (see doc.go).
+// OnOwnThread calls fn on a locked OS thread, waits for it, and lets the runtime end the thread: it is not unlocked,
+// because it could not go back to the namespace that it came from (see doc.go).
 //
 // The process's first thread is spared. The runtime cannot end that one and parks it for good where it is, which
 // would keep the namespace alive and be what /proc/self/ns/net and /proc/net show of the process.
-func onThreadOfItsOwn(fn func() error) error {
-	done := make(chan error, 1)
+//
+// A panic of fn's goes on in the caller, who is the one that knows what it ends: in a goroutine of its own nobody would
+// recover it, and it would end the process.
+func OnOwnThread(fn func() error) error {
+	type end struct {
+		err   error
+		panic *threadPanic
+	}
+	ended := make(chan end, 1)
 	go func() {
 		runtime.LockOSThread()
-		if unix.Gettid() != unix.Getpid() {
-			done <- fn()
-			return
+		if unix.Gettid() == unix.Getpid() {
+			defer runtime.UnlockOSThread()
+			first := fn
+			fn = func() error { return OnOwnThread(first) } // this goroutine holds the first thread: the next one gets another
 		}
-		defer runtime.UnlockOSThread()
-		done <- onThreadOfItsOwn(fn) // this goroutine holds the first thread: the next one gets another
+		var e end
+		defer func() {
+			if reason := recover(); reason != nil {
+				e.panic = carried(reason)
+			}
+			ended <- e
+		}()
+		e.err = fn()
 	}()
-	return <-done
+	e := <-ended
+	if e.panic != nil {
+		panic(e.panic)
+	}
+	return e.err
+}
+
+// threadPanic is a panic on its way from the thread that had it. As a line for a client it is its reason alone; in a log
+// (%+v), and where it ends the process, it has the stack of that thread, which the caller's does not show.
+type threadPanic struct {
+	reason any
+	stack  []byte
+}
+
+func carried(reason any) *threadPanic {
+	if p, ok := reason.(*threadPanic); ok {
+		return p // by way of a second thread
+	}
+	return &threadPanic{reason, debug.Stack()}
+}
+
+func (p *threadPanic) Error() string {
+	return fmt.Sprintf("%v, on a thread of its own:\n%s", p.reason, p.stack)
+}
+
+// Format implements fmt.Formatter.
+func (p *threadPanic) Format(out fmt.State, _ rune) {
+	if out.Flag('+') {
+		fmt.Fprint(out, p.Error())
+		return
+	}
+	fmt.Fprint(out, p.reason)
 }
 
 // DialPod connects by TCP to addr ("127.0.0.1:80", "[::1]:80", "localhost:80") as a process inside the network

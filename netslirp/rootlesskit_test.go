@@ -52,7 +52,7 @@ const (
 func serveRole(m *testing.M) (bool, error) {
 	switch {
 	case os.Args[0] == "unshare": // rootlesskit: unshare -n mount --bind /proc/self/ns/net PATH
-		return true, onThreadOfItsOwn(func() error {
+		return true, OnOwnThread(func() error {
 			return errors.Join(unix.Unshare(unix.CLONE_NEWNET),
 				unix.Mount("/proc/thread-self/ns/net", os.Args[len(os.Args)-1], "", unix.MS_BIND, ""))
 		})
@@ -110,7 +110,7 @@ func TestNodeOfRootlesskit(t *testing.T) {
 	cmd.Env = append(os.Environ(), roleEnv+"=parent", dirEnv+"="+dir, rkStateEnv+"="+state)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
-	must(t, onThreadOfItsOwn(func() error {
+	must(t, OnOwnThread(func() error {
 		// An ordinary user may not bind ports below 1024; root of these namespaces could. A program that is
 		// started gets no more than this set.
 		if err := unix.Prctl(unix.PR_CAPBSET_DROP, unix.CAP_NET_BIND_SERVICE, 0, 0, 0); err != nil {

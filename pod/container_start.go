@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"time"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -57,15 +55,16 @@ func (s *Service) launch(ctx context.Context, p *pod, c *container) (ctr.State, 
 	if err != nil {
 		return ctr.State{}, err
 	}
+	logs := p.spec.Config.GetLogDirectory()
 	if c.spec.LogPath != "" {
 		// The kubelet makes the container's directory below the pod's log directory; crictl does not.
-		if err := os.MkdirAll(filepath.Dir(c.spec.LogPath), 0o700); err != nil {
+		if err := makeLogPlace(logs, c.spec.LogPath); err != nil {
 			return ctr.State{}, fmt.Errorf("make log directory: %w", err)
 		}
 	}
 	config := c.spec.Config
 	request := ctr.CreateRequest{
-		ID: c.spec.ID, Spec: c.oci(), LogPath: c.spec.LogPath,
+		ID: c.spec.ID, Spec: c.oci(), LogPath: c.spec.LogPath, LogDir: logs,
 		Stdin: config.GetStdin(), StdinOnce: config.GetStdinOnce(), TTY: config.GetTty(), Runtime: runtime,
 	}
 	_, err = s.deps.Containers.Create(ctx, request)

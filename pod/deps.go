@@ -59,7 +59,8 @@ type Stdio interface {
 	// Attach blocks until the container exits or ctx ends.
 	Attach(ctx context.Context, id string, streams ctr.Streams) error
 	Resize(ctx context.Context, id string, width, height uint16) error
-	ReopenLog(ctx context.Context, id string) error
+	// ReopenLog goes on in a new file. logDir is that of the container's ctr.CreateRequest.
+	ReopenLog(ctx context.Context, id, logDir string) error
 }
 
 // Session is one process that was executed in a container.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"runtime/debug"
@@ -85,6 +86,7 @@ var grpcCodes = []struct {
 	{syscall.EDQUOT, codes.ResourceExhausted},
 	{errState, codes.FailedPrecondition},
 	{ctr.ErrNotRunning, codes.FailedPrecondition},
+	{ctr.ErrLogReplaced, codes.FailedPrecondition},
 	{errUnsupported, codes.Unimplemented},
 	{ctr.ErrUnsupported, codes.FailedPrecondition},
 	{errTimeout, codes.DeadlineExceeded},
@@ -148,13 +150,16 @@ func answer[T any](response *T, err error) (*T, error) {
 
 // guarded makes a panic in a goroutine of an RPC the error of that RPC, as the server does for the RPC's own goroutine.
 func (s *Service) guarded(fn func() error) func() error {
-	return func() (err error) {
-		defer func() {
-			if reason := recover(); reason != nil {
-				s.cfg.Log.Error("panic", "reason", reason, "stack", string(debug.Stack()))
-				err = fmt.Errorf("the daemon has a defect (%v); its log has the stack", reason)
-			}
-		}()
-		return fn()
-	}
+	return func() error { return guarded(s.cfg.Log, fn) }
+}
+
+// guarded calls fn and returns its error, one that tells of a defect where it panics.
+func guarded(log *slog.Logger, fn func() error) (err error) {
+	defer func() {
+		if reason := recover(); reason != nil {
+			log.Error("panic", "reason", reason, "stack", string(debug.Stack()))
+			err = fmt.Errorf("the daemon has a defect (%v); its log has the stack", reason)
+		}
+	}()
+	return fn()
 }

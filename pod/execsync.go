@@ -108,7 +108,11 @@ func (s *Service) reopenLog(ctx context.Context, id string) error {
 	if err := c.requireRunning("reopen the log of"); err != nil {
 		return err
 	}
-	if err := s.deps.Containers.ReopenLog(ctx, c.spec.ID); err != nil {
+	p, err := s.index.pod(c.spec.PodID)
+	if err != nil {
+		return err
+	}
+	if err := s.deps.Containers.ReopenLog(ctx, c.spec.ID, p.spec.Config.GetLogDirectory()); err != nil {
 		return fmt.Errorf("reopen the log of container %s: %w", c.spec.ID, err)
 	}
 	return nil

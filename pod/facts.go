@@ -16,13 +16,19 @@ const (
 
 // watch keeps the snapshots true until ctx ends. After a loss of the keeper's connection it asks for what it
 // missed: by the sequence of events, and by the list of what is.
+//
+// A panic on the way is such a loss, too: what it was about may be taken in by the list, and if not, one container's state
+// is not told while all others are. To let it end the daemon would help nobody: the next one meets the same fact as it
+// starts.
 func (s *Service) watch(ctx context.Context, since uint64) {
 	pause := retryFirst
 	for ctx.Err() == nil {
-		err := s.deps.Containers.Events(ctx, since, func(e ctr.Event) error {
-			since, pause = e.Seq, retryFirst
-			s.observe(e.State)
-			return nil
+		err := guarded(s.cfg.Log, func() error {
+			return s.deps.Containers.Events(ctx, since, func(e ctr.Event) error {
+				since, pause = e.Seq, retryFirst
+				s.observe(e.State)
+				return nil
+			})
 		})
 		if ctx.Err() != nil {
 			return
@@ -32,8 +38,15 @@ func (s *Service) watch(ctx context.Context, since uint64) {
 			return
 		}
 		pause = min(2*pause, retryLast)
-		if seq, err := s.adopt(ctx); err == nil {
-			since = seq
+		err = guarded(s.cfg.Log, func() error {
+			seq, err := s.adopt(ctx)
+			if err == nil {
+				since = seq
+			}
+			return err
+		})
+		if err != nil {
+			s.cfg.Log.Warn("keeper's facts are not taken in", "error", err)
 		}
 	}
 }
@@ -84,12 +97,12 @@ func (s *Service) adopt(ctx context.Context) (seq uint64, err error) {
 	}
 	facts.boot = info.BootID
 	s.boot.Store(&info.BootID)
-	for _, p := range s.index.allPods() {
-		s.settlePod(p, facts)
-	}
 	var errs []error
+	for _, p := range s.index.allPods() {
+		errs = append(errs, guarded(s.cfg.Log, func() error { s.settlePod(p, facts); return nil }))
+	}
 	for _, c := range s.index.allContainers("") {
-		errs = append(errs, s.settleContainer(ctx, c, facts))
+		errs = append(errs, guarded(s.cfg.Log, func() error { return s.settleContainer(ctx, c, facts) }))
 	}
 	return info.Seq, errors.Join(errs...)
 }

@@ -3,6 +3,7 @@ package pod
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"maps"
 	"os"
@@ -122,7 +123,7 @@ func (k *fakeKeeper) Create(_ context.Context, req ctr.CreateRequest) (ctr.State
 	p.cmd = exec.Command(path, req.Spec.Process.Args[1:]...)
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if req.LogPath != "" {
-		if p.log, err = os.OpenFile(req.LogPath, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644); err != nil {
+		if p.log, err = openLog(req.LogDir, req.LogPath); err != nil {
 			return ctr.State{}, err
 		}
 		p.hub.add(p.log)
@@ -329,7 +330,7 @@ func (k *fakeKeeper) reboot() {
 	k.mu.Unlock()
 }
 
-func (k *fakeKeeper) ReopenLog(_ context.Context, id string) error {
+func (k *fakeKeeper) ReopenLog(_ context.Context, id, logDir string) error {
 	p, err := k.proc(id)
 	if err != nil {
 		return err
@@ -339,11 +340,29 @@ func (k *fakeKeeper) ReopenLog(_ context.Context, id string) error {
 		return ctr.ErrNotRunning
 	default:
 	}
-	f, err := os.OpenFile(p.req.LogPath, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	f, err := openLog(logDir, p.req.LogPath)
 	if err != nil {
 		return err
 	}
 	return f.Close()
+}
+
+// openLog follows no link that leaves dir.
+func openLog(dir, path string) (*os.File, error) {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
+	name, err := filepath.Rel(dir, path)
+	if err != nil {
+		return nil, err
+	}
+	f, err := root.OpenFile(name, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ctr.ErrLogReplaced, err)
+	}
+	return f, nil
 }
 
 func (k *fakeKeeper) Resize(_ context.Context, id string, width, height uint16) error {

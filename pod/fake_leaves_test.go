@@ -163,7 +163,7 @@ func (n *fakeNetwork) Ready() error            { return n.get("ready") }
 func (n *fakeNetwork) Info() map[string]string { return map[string]string{"driver": "fake"} }
 
 func inNetNS(path string, fn func() error) error {
-	return onOwnThread(func() error {
+	return netslirp.OnOwnThread(func() error {
 		fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		if err != nil {
 			return err

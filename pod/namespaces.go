@@ -8,7 +8,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 
@@ -16,6 +15,7 @@ import (
 
 	"github.com/coracle-cri/coracle/ctr"
 	"github.com/coracle-cri/coracle/e2e/crash"
+	"github.com/coracle-cri/coracle/netslirp"
 )
 
 // A nsSet says which namespaces to make, where to pin each, and what to write inside.
@@ -60,7 +60,7 @@ func (set nsSet) make() error {
 	if flags == 0 {
 		return nil
 	}
-	return onOwnThread(func() error {
+	return netslirp.OnOwnThread(func() error {
 		if err := unix.Unshare(flags); err != nil {
 			return fmt.Errorf("unshare pod namespaces: %w", err)
 		}
@@ -96,7 +96,7 @@ func (p *pod) writeLateSysctls() error {
 	if len(late) == 0 {
 		return nil
 	}
-	return onOwnThread(func() error {
+	return netslirp.OnOwnThread(func() error {
 		fd, err := unix.Open(p.nsPath("net"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		if err != nil {
 			return fmt.Errorf("open network namespace: %w", err)
@@ -111,7 +111,7 @@ func (p *pod) writeLateSysctls() error {
 
 // podAddresses are those of the interface that a pod's network namespace has beside loopback, IPv4 first.
 func podAddresses(netNS string) (ips []string, err error) {
-	err = onOwnThread(func() error {
+	err = netslirp.OnOwnThread(func() error {
 		fd, err := unix.Open(netNS, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		if err != nil {
 			return fmt.Errorf("open network namespace: %w", err)
@@ -192,20 +192,4 @@ func touch(path string) error {
 	}
 	crash.Point("pod/mount-point-made")
 	return f.Close()
-}
-
-// onOwnThread runs fn on a thread that ends with it, so that nobody inherits the namespaces fn enters. It is
-// never the thread group's leader, which cannot end and which /proc/self stands for.
-func onOwnThread(fn func() error) error {
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
-		if unix.Gettid() == unix.Getpid() {
-			defer runtime.UnlockOSThread()
-			done <- onOwnThread(fn) // the leader is taken by us, so the next goroutine gets another thread
-			return
-		}
-		done <- fn()
-	}()
-	return <-done
 }

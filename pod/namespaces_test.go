@@ -9,6 +9,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
+
+	"github.com/coracle-cri/coracle/netslirp"
 )
 
 // TestNamespaces asks the kernel what is inside of the pinned namespaces.
@@ -27,7 +29,7 @@ func TestNamespaces(t *testing.T) {
 	if err := set.make(); err != nil {
 		t.Fatal(err)
 	}
-	err := onOwnThread(func() error {
+	err := netslirp.OnOwnThread(func() error {
 		for _, k := range set.kinds {
 			if !pinned(k.pin) {
 				t.Errorf("%s is not pinned", k.name)
@@ -90,7 +92,7 @@ func TestKubernetesSafeSysctls(t *testing.T) {
 	if err := set.make(); err != nil {
 		t.Fatal(err)
 	}
-	err := onOwnThread(func() error {
+	err := netslirp.OnOwnThread(func() error {
 		for _, k := range set.kinds {
 			fd, err := unix.Open(k.pin, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 			if err != nil {
@@ -120,7 +122,7 @@ func TestSysctlsThatTheKernelRefuses(t *testing.T) {
 		"net.ipv4.tcp_available_congestion_control": {"reno", "root"},
 		"net.ipv4.tcp_fin_timeout":                  {"soon", `"soon"`},
 	} {
-		err := onOwnThread(func() error {
+		err := netslirp.OnOwnThread(func() error {
 			if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 				return err
 			}

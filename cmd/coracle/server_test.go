@@ -21,6 +21,8 @@ import (
 	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/coracle-cri/coracle/netslirp"
 )
 
 // behaviour is a RuntimeService that panics in one call, waits in another, and streams without end in a third.
@@ -38,6 +40,13 @@ func (behaviour) Status(ctx context.Context, _ *runtimeapi.StatusRequest) (*runt
 	<-ctx.Done()
 	return nil, ctx.Err()
 }
+
+// ListContainers panics on another thread, as what makes or enters a pod's namespaces may.
+func (behaviour) ListContainers(context.Context, *runtimeapi.ListContainersRequest) (*runtimeapi.ListContainersResponse, error) {
+	return nil, netslirp.OnOwnThread(panicsOnAThread)
+}
+
+func panicsOnAThread() error { panic("on a thread") }
 
 func (b behaviour) GetContainerEvents(_ *runtimeapi.GetEventsRequest, out runtimeapi.RuntimeService_GetContainerEventsServer) error {
 	close(b.began)
@@ -138,6 +147,16 @@ func TestPanicsStayInTheirCall(t *testing.T) {
 	wantCode(t, err, codes.Internal)
 	if !strings.Contains(log.String(), "in a stream") {
 		t.Errorf("the log does not have the reason: %s", log)
+	}
+	_, err = client.ListContainers(context.Background(), &runtimeapi.ListContainersRequest{})
+	wantCode(t, err, codes.Internal)
+	if text := err.Error(); !strings.Contains(text, "(on a thread)") || strings.Contains(text, "goroutine") {
+		t.Errorf("the client is told: %s", text)
+	}
+	for _, function := range []string{"panicsOnAThread", "behaviour.ListContainers"} {
+		if !strings.Contains(log.String(), function) {
+			t.Errorf("the log does not have the stacks of both threads, with %s: %s", function, log)
+		}
 	}
 	// The server goes on.
 	_, err = client.RunPodSandbox(context.Background(), &runtimeapi.RunPodSandboxRequest{})

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"runtime/debug"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -125,8 +126,14 @@ func (c *children) run(ctx context.Context) {
 	}
 }
 
-// quietly runs reap while no launch is under way; else the end of the launch pokes.
+// quietly runs reap while no launch is under way; else the end of the launch pokes. A look that panics is told, and the
+// next one is as good: it leaves nothing but a zombie, while the end of the keeper would be that of the node.
 func (c *children) quietly(reap func()) {
+	defer func() {
+		if reason := recover(); reason != nil {
+			c.log.Error("panic while orphans are reaped", "panic", reason, "stack", string(debug.Stack()))
+		}
+	}()
 	c.skipped.Store(true)
 	if !c.launching.TryLock() {
 		return

@@ -123,7 +123,7 @@ func (c *container) launch(req *wire.Create) (err error) {
 
 // assemble makes all that the init process needs.
 func (c *container) assemble(req *wire.Create, undo *undoStack) (*plumbing, error) {
-	log, err := openLogFile(req.LogPath, c.keeper.log)
+	log, err := openLogFile(req.LogDir, req.LogPath, c.keeper.log)
 	if err != nil {
 		return nil, err
 	}

@@ -79,6 +79,9 @@ func check(id string, req *wire.Create) error {
 		return fmt.Errorf("path %q of the runtime is not absolute: %w", req.Runtime.Path, wire.ErrBadRequest)
 	case req.LogPath != "" && !filepath.IsAbs(req.LogPath):
 		return fmt.Errorf("log path %q is not absolute: %w", req.LogPath, wire.ErrBadRequest)
+	case req.LogPath != "" && req.LogDir != "":
+		_, err := belowLogDir(req.LogDir, req.LogPath)
+		return err
 	}
 	return nil
 }

@@ -8,8 +8,6 @@ import (
 	"os"
 	"sync"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // maxLine is the longest text of one log line; longer ones are split, and all but the last piece tagged P. The
@@ -35,34 +33,16 @@ type logFile struct {
 	torn    bool  // the file ends inside a line
 }
 
-// openLogFile opens the log at path; "" gives nil, which drops everything.
-func openLogFile(path string, log *slog.Logger) (*logFile, error) {
+// openLogFile opens the log at path, below dir; "" gives nil, which drops everything.
+func openLogFile(dir, path string, log *slog.Logger) (*logFile, error) {
 	if path == "" {
 		return nil, nil
 	}
-	f, err := openLog(path)
+	f, err := openLog(dir, path)
 	if err != nil {
 		return nil, err
 	}
 	return &logFile{path: path, log: log, file: f}, nil
-}
-
-// openLog makes no directories: they are the caller's. A symbolic link in the last place is refused, since a
-// container that has the log directory as a volume could aim it at another file of the user; and so is all that is no
-// file: the open of a FIFO, and writes to it, would wait for a reader (fifo(7)).
-func openLog(path string) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o640)
-	if err != nil {
-		return nil, fmt.Errorf("open container log: %w", err)
-	}
-	info, err := f.Stat()
-	if err == nil && !info.Mode().IsRegular() {
-		err = fmt.Errorf("%s is no regular file", path)
-	}
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("open container log: %w", err), f.Close())
-	}
-	return f, nil
 }
 
 // write appends formatted lines. A log that cannot be written must not stop the container: the lines are dropped,
@@ -95,15 +75,15 @@ func (l *logFile) write(lines []byte) {
 	}
 }
 
-// reopen goes on in a new file at the same path, for a caller who has renamed the old one. Lines are written
-// whole and under the lock, so none is lost, split or doubled.
-func (l *logFile) reopen() error {
+// reopen goes on in a new file at the same path, which is below dir, for a caller who has renamed the old one. Lines are
+// written whole and under the lock, so none is lost, split or doubled. On an error they go on into the old file.
+func (l *logFile) reopen(dir string) error {
 	if l == nil {
 		return nil
 	}
-	f, err := openLog(l.path)
+	f, err := openLog(dir, l.path)
 	if err != nil {
-		return err
+		return fmt.Errorf("%w; lines go on into the file of before", err)
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -45,7 +45,7 @@ func TestRotationLosesAndDoublesNoLine(t *testing.T) {
 		if err := os.Rename(n.logPath("c1"), fmt.Sprintf("%s.%d", n.logPath("c1"), rotated)); err != nil {
 			t.Fatal(err)
 		}
-		if err := n.ReopenLog(ctx, "c1"); errors.Is(err, ctr.ErrNotRunning) {
+		if err := n.ReopenLog(ctx, "c1", n.dir); errors.Is(err, ctr.ErrNotRunning) {
 			break
 		} else if err != nil {
 			t.Fatal(err)
@@ -76,10 +76,10 @@ func TestRotationLosesAndDoublesNoLine(t *testing.T) {
 		t.Errorf("only %d rotations", rotated)
 	}
 	_ = os.Remove(n.logPath("c1"))
-	if err := n.ReopenLog(ctx, "c1"); !errors.Is(err, ctr.ErrNotRunning) || exists(n.logPath("c1")) {
+	if err := n.ReopenLog(ctx, "c1", n.dir); !errors.Is(err, ctr.ErrNotRunning) || exists(n.logPath("c1")) {
 		t.Errorf("reopen after the exit: %v, file made: %v", err, exists(n.logPath("c1")))
 	}
-	if err := n.ReopenLog(ctx, "nobody"); !errors.Is(err, ctr.ErrNotFound) {
+	if err := n.ReopenLog(ctx, "nobody", n.dir); !errors.Is(err, ctr.ErrNotFound) {
 		t.Errorf("reopen for an unknown container: %v", err)
 	}
 }
@@ -169,7 +169,7 @@ func TestALogIsARegularFile(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer reader.Close()
-	if err := n.ReopenLog(ctx, "c2"); err == nil || ctx.Err() != nil || !strings.Contains(err.Error(), "no regular file") {
+	if err := n.ReopenLog(ctx, "c2", n.dir); err == nil || ctx.Err() != nil || !strings.Contains(err.Error(), "no regular file") {
 		t.Errorf("reopen on a FIFO that has a reader: %v", err)
 	}
 	n.delete("c2")

@@ -296,7 +296,7 @@ func (c *call) reopenLog(ctx context.Context) (wire.Reply, error) {
 	if err != nil {
 		return wire.Reply{}, err
 	}
-	return wire.Reply{}, ctr.stdio.log.reopen()
+	return wire.Reply{}, ctr.stdio.log.reopen(c.req.LogDir)
 }
 
 func (c *call) running(ctx context.Context) (*container, error) {

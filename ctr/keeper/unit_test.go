@@ -61,7 +61,7 @@ func TestFormatterKeepsNoLargeBuffers(t *testing.T) {
 
 // BenchmarkFormatter formats lines of 100 bytes and writes them to a file.
 func BenchmarkFormatter(b *testing.B) {
-	log, err := openLogFile(filepath.Join(b.TempDir(), "log"), slog.Default())
+	log, err := openLogFile("", filepath.Join(b.TempDir(), "log"), slog.Default())
 	if err != nil {
 		b.Fatal(err)
 	}

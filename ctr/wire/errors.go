@@ -12,17 +12,20 @@ var (
 	ErrNotRunning = errors.New("container is not running")
 	ErrExists     = errors.New("container exists already")
 	ErrBadRequest = errors.New("bad request")
+	// ErrLogReplaced: a container has put something else in the place of its log, or of the directory that it lies in.
+	ErrLogReplaced = errors.New("the container's log has been replaced")
 )
 
 // kinds are the errors that the other side can tell apart. The kernel's, that there is no room, is acted on by callers of
 // the CRI.
 var kinds = map[string]error{
-	"no-space":    syscall.ENOSPC,
-	"no-quota":    syscall.EDQUOT,
-	"not-found":   ErrNotFound,
-	"not-running": ErrNotRunning,
-	"exists":      ErrExists,
-	"bad-request": ErrBadRequest,
+	"no-space":     syscall.ENOSPC,
+	"no-quota":     syscall.EDQUOT,
+	"not-found":    ErrNotFound,
+	"not-running":  ErrNotRunning,
+	"exists":       ErrExists,
+	"bad-request":  ErrBadRequest,
+	"log-replaced": ErrLogReplaced,
 }
 
 // Error is an error on its way to the caller.

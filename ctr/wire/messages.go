@@ -41,6 +41,8 @@ type Request struct {
 	Size      *Size                 `json:"size,omitempty"`
 	Since     uint64                `json:"since,omitempty"`
 	Resources *specs.LinuxResources `json:"resources,omitempty"`
+	// LogDir is as in Create, of a log that is opened again (reopenlog): the keeper does not remember it.
+	LogDir string `json:"logDir,omitempty"`
 	// Program is the absolute path of what is to run from now on: as the daemon (restart), as the keeper (replace).
 	Program string `json:"program,omitempty"`
 }
@@ -48,8 +50,11 @@ type Request struct {
 // Create describes the container to make.
 type Create struct {
 	Spec *specs.Spec `json:"spec"`
-	// LogPath is absolute; "" keeps no log.
+	// LogPath is absolute, and below LogDir where that is given; "" keeps no log.
 	LogPath string `json:"logPath,omitempty"`
+	// LogDir is absolute. Links on the way to it are followed, and none from there on. From a daemon that gives none, only
+	// the last part of LogPath must not be one.
+	LogDir string `json:"logDir,omitempty"`
 	// Stdin keeps the container's standard input open for attach; without it the container reads /dev/null.
 	Stdin bool `json:"stdin,omitempty"`
 	// StdinOnce closes it when the first attach that had it ends.

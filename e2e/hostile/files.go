@@ -99,17 +99,21 @@ func sockets() (string, error) {
 	return strings.Join(found, " "), nil
 }
 
-// bomb starts processes that wait until it may not start another, says how many, and waits for the end.
-func bomb() {
-	started := 0
-	for ; ; started++ {
-		pid, err := syscall.ForkExec("/bin/sleep", []string{"sleep", "1000"}, nil)
-		if err != nil {
-			fmt.Println("bomb:", started, err)
-			break
+// bomb starts processes that wait, by turns of so many user ids, until none of them may start another, says how many, and
+// waits for the end.
+func bomb(ids int) {
+	started, failed := 0, 0
+	var last error
+	for failed < ids {
+		who := &syscall.Credential{Uid: uint32(os.Getuid() + (started+failed)%ids), Gid: uint32(os.Getgid()), NoSetGroups: true}
+		attr := &syscall.ProcAttr{Sys: &syscall.SysProcAttr{Credential: who}}
+		if _, last = syscall.ForkExec("/bin/sleep", []string{"sleep", "1000"}, attr); last != nil {
+			failed++
+			continue
 		}
-		_ = pid
+		started, failed = started+1, 0
 	}
+	fmt.Println("bomb:", started, last)
 	c := make(chan os.Signal, 1)
 	signal.Notify(c, syscall.SIGTERM)
 	<-c

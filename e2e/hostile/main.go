@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -28,7 +29,11 @@ func main() {
 	if len(os.Args) > 1 {
 		switch os.Args[1] {
 		case "bomb":
-			bomb()
+			ids := 1
+			if len(os.Args) > 2 {
+				ids, _ = strconv.Atoi(os.Args[2])
+			}
+			bomb(max(ids, 1))
 			return
 		case "overwrite":
 			overwrite()

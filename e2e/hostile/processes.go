@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -29,6 +31,7 @@ func processes() []attempt {
 		add("see", func(pid int) (string, error) { return strconv.Itoa(pid), nil })
 		add("signal", func(pid int) (string, error) { return "", unix.Kill(pid, 0) })
 		add("trace", trace)
+		add("look without CAP_SYS_PTRACE", look)
 		add("read memory", func(pid int) (string, error) { return peek(pid, os.O_RDONLY) })
 		add("write memory", func(pid int) (string, error) { return peek(pid, os.O_RDWR) })
 		add("read memory by process_vm_readv", vmRead)
@@ -88,6 +91,46 @@ func trace(pid int) (string, error) {
 		done <- nil
 	}()
 	return "", <-done
+}
+
+// look asks for what a process tells whoever may trace it, on a thread that gives CAP_SYS_PTRACE up where it has it. Who
+// has the other capabilities of the process needs that one only where its memory is not dumpable (ptrace(2), "Ptrace
+// access mode checking"). An own child has no more than this program, and is dumpable: where the call does not tell of that
+// either, it cannot tell anything, and the attempt has not been kept.
+func look(pid int) (string, error) {
+	child := exec.Command("/bin/sleep", "1000")
+	if err := child.Start(); err != nil {
+		return "no child to compare with: " + err.Error(), nil
+	}
+	defer func() { _ = child.Process.Kill(); _ = child.Wait() }()
+	detail := ""
+	err := onThread(func() error {
+		header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+		var caps [2]unix.CapUserData
+		err := unix.Capget(&header, &caps[0])
+		caps[0].Effective &^= 1 << unix.CAP_SYS_PTRACE
+		if err == nil {
+			err = unix.Capset(&header, &caps[0])
+		}
+		if err == nil {
+			err = robustList(child.Process.Pid)
+		}
+		if err != nil {
+			detail = "the call does not work: " + err.Error()
+			return nil
+		}
+		return robustList(pid)
+	})
+	return detail, err
+}
+
+// robustList is get_robust_list(2), for which the kernel has no limit but that on who may look.
+func robustList(pid int) error {
+	var head, size uintptr
+	if _, _, errno := unix.RawSyscall(unix.SYS_GET_ROBUST_LIST, uintptr(pid), uintptr(unsafe.Pointer(&head)), uintptr(unsafe.Pointer(&size))); errno != 0 {
+		return errno
+	}
+	return nil
 }
 
 // firstMapping is an address that can be read.
