@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -72,6 +73,38 @@ func TestForkBomb(t *testing.T) {
 	x.crictl("rmp", "-f", pod)
 	if now := x.daemon(); now != daemon {
 		t.Errorf("the daemon was %d and is %d", daemon, now)
+	}
+	x.down("--grace", "0s")
+}
+
+// TestForkBombOfManyIDs: one that changes user ids takes all the processes that a node may have. Hardly
+// anything can be started there then, and nothing ends either: what runs goes on, and the pod can be removed. The user has some left.
+func TestForkBombOfManyIDs(t *testing.T) {
+	most := uint64(700)
+	x := limitedTarget(t, most)
+	daemon, keeper := x.daemon(), x.process("coracle-keeper")
+	quiet, quietFile := x.runPod("quiet", nil)
+	bystander := x.start(quiet, quietFile, "bystander", x.image, shell("exec sleep 1000"))
+	pod, file := x.runPod("bomb", nil)
+	id := x.start(pod, file, "bomb", x.image, x.hostile(quarter{}, "exec /hostile bomb 8"))
+	if started, node := x.bombed(id), most-most/8; started <= node-node/4 || started > node {
+		t.Fatalf("the bomb: %d", started) // one id alone has three quarters
+	}
+	for range 3 {
+		x.try("exec", bystander, "true") // there may be a process for it
+		x.crictl("ps")
+		x.crictl("stats")
+	}
+	out, err := exec.Command("prlimit", fmt.Sprintf("--nproc=%d", most), "sh", "-c", "true & wait").CombinedOutput()
+	if err != nil || len(out) > 0 {
+		t.Errorf("the user cannot start anything: %v: %s", err, out)
+	}
+	x.crictl("rmp", "-f", pod)
+	if out := x.exec(bystander, "echo", "well"); out != "well" {
+		t.Errorf("another pod afterwards: %q", out)
+	}
+	if d, k := x.daemon(), x.process("coracle-keeper"); d != daemon || k != keeper {
+		t.Errorf("the daemon was %d and is %d, the keeper was %d and is %d", daemon, d, keeper, k)
 	}
 	x.down("--grace", "0s")
 }

@@ -58,10 +58,31 @@ func (n Node) InitRootlesskit() error {
 	return nil
 }
 
+// leaveProcesses keeps an eighth of the processes that the user may have out of reach of all that is in the node: the limit
+// that a user namespace's maker has then is that of all its processes together, and of the user's others with them (Linux
+// 5.14, user_namespaces(7)). So the user can still end a node in which something has forked without end.
+func leaveProcesses() error {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NPROC, &limit); err != nil {
+		return fmt.Errorf("read limit of processes: %w", err)
+	}
+	if limit.Cur == unix.RLIM_INFINITY {
+		return nil
+	}
+	limit.Cur -= limit.Cur / 8
+	if err := unix.Setrlimit(unix.RLIMIT_NPROC, &limit); err != nil {
+		return fmt.Errorf("set limit of processes: %w", err)
+	}
+	return nil
+}
+
 // RunParent makes the namespaces, starts the child in them and returns when it has ended. Signals that this
 // process gets are passed to the child.
 func (n Node) RunParent(o ParentOptions) error {
 	quiet(o.Debug)
+	if err := leaveProcesses(); err != nil {
+		return err
+	}
 	// RootlessKit looks for the network namespace below /proc/PID/root, where an absolute symbolic link on the way would
 	// lead out again.
 	stateDir, err := filepath.EvalSymlinks(n.RootlesskitDir())

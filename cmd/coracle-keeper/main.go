@@ -11,6 +11,7 @@ import (
 
 	"github.com/coracle-cri/coracle/cgroupv2"
 	"github.com/coracle-cri/coracle/cmd/settle"
+	"github.com/coracle-cri/coracle/cmd/threads"
 	"github.com/coracle-cri/coracle/ctr/keeper"
 )
 
@@ -77,6 +78,7 @@ func run(args []string) error {
 	if err != nil {
 		return err
 	}
+	threads.Keep(spareThreads)
 	settle.InQuiet(log)
 	return k.Run(ctx)
 }
@@ -103,3 +105,6 @@ func received() (*keeper.Handover, error) {
 	}
 	return nil, keeper.LeaveKeyring()
 }
+
+// spareThreads are kept in store for the time when a container leaves none to the node.
+const spareThreads = 16

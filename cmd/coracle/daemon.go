@@ -22,6 +22,7 @@ import (
 
 	"github.com/coracle-cri/coracle/cgroupv2"
 	"github.com/coracle-cri/coracle/cmd/settle"
+	"github.com/coracle-cri/coracle/cmd/threads"
 	"github.com/coracle-cri/coracle/ctr"
 	"github.com/coracle-cri/coracle/images"
 	"github.com/coracle-cri/coracle/netslirp"
@@ -133,6 +134,7 @@ func (s servers) serve(ctx context.Context, node rootless.Node, ready *readiness
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(gcPercent)
 	}
+	threads.Keep(spareThreads)
 	settle.InQuiet(log)
 	log.Info("serving", "endpoint", node.Endpoint(), "version", version, "pid", os.Getpid())
 	select {

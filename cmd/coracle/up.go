@@ -18,6 +18,7 @@ import (
 
 	"github.com/coracle-cri/coracle/cgroupv2"
 	"github.com/coracle-cri/coracle/cmd/settle"
+	"github.com/coracle-cri/coracle/cmd/threads"
 	"github.com/coracle-cri/coracle/netslirp"
 	"github.com/coracle-cri/coracle/pod"
 	"github.com/coracle-cri/coracle/rootless"
@@ -172,6 +173,7 @@ func runLocked(interrupted context.Context, c config, node rootless.Node, out io
 	if err := passNohup(); err != nil {
 		return err
 	}
+	threads.Keep(spareThreads)
 	settle.InQuiet(slog.Default())
 	return node.RunParent(rootless.ParentOptions{Network: networkDriver, Ports: portDriver,
 		Evacuate: delegation.Path != "", Debug: c.Log.Level == "debug"})
@@ -336,7 +338,11 @@ func runChild(s *settings, c config, node rootless.Node) error {
 	}
 	command = append(command, "--", self, "daemon")
 	command = append(command, s.args(c)...)
+	threads.Keep(spareThreads)
 	settle.InQuiet(slog.Default())
 	return rootless.RunChild(rootless.ChildOptions{Network: networkDriver, Ports: portDriver, CopyUp: c.CopyUp,
 		Command: command, Debug: c.Log.Level == "debug"})
 }
+
+// spareThreads are what each process of a node keeps in store for the time when a container leaves it none.
+const spareThreads = 16

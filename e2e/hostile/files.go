@@ -10,8 +10,11 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/coracle-cri/coracle/cmd/threads"
 )
 
 // descriptors come first, before this program has opened any itself.
@@ -99,24 +102,36 @@ func sockets() (string, error) {
 	return strings.Join(found, " "), nil
 }
 
-// bomb starts processes that wait, by turns of so many user ids, until none of them may start another, says how many, and
-// waits for the end.
+// bomb starts processes that wait, by turns of so many user ids, until none of them may start another, and says how many.
+// Until its end it then takes whatever becomes free.
 func bomb(ids int) {
+	threads.Keep(8) // it is a Go program itself, which would end when it gets none
 	started, failed := 0, 0
 	var last error
-	for failed < ids {
+	try := func() {
 		who := &syscall.Credential{Uid: uint32(os.Getuid() + (started+failed)%ids), Gid: uint32(os.Getgid()), NoSetGroups: true}
 		attr := &syscall.ProcAttr{Sys: &syscall.SysProcAttr{Credential: who}}
-		if _, last = syscall.ForkExec("/bin/sleep", []string{"sleep", "1000"}, attr); last != nil {
+		if _, err := syscall.ForkExec("/bin/sleep", []string{"sleep", "1000"}, attr); err != nil {
+			last = err
 			failed++
-			continue
+		} else {
+			started, failed = started+1, 0
 		}
-		started, failed = started+1, 0
+	}
+	for failed < ids {
+		try()
 	}
 	fmt.Println("bomb:", started, last)
 	c := make(chan os.Signal, 1)
 	signal.Notify(c, syscall.SIGTERM)
-	<-c
+	for {
+		select {
+		case <-c:
+			return
+		case <-time.After(time.Millisecond):
+			try()
+		}
+	}
 }
 
 // overwrite looks for programs of the runtime's that run in this pid namespace, as they do on their way into the
