@@ -79,6 +79,9 @@ func (n Node) RootlesskitDir() string { return filepath.Join(n.RuntimeDir, "rk")
 // APISocket is RootlessKit's REST API, which publishes ports.
 func (n Node) APISocket() string { return filepath.Join(n.RootlesskitDir(), "api.sock") }
 
+// parentLock is the lock that RootlessKit's parent holds for life.
+func (n Node) parentLock() string { return filepath.Join(n.RootlesskitDir(), "lock") }
+
 // NetNS is the node's network namespace; the bind mount is seen inside the node's mount namespace only.
 func (n Node) NetNS() string { return filepath.Join(n.RootlesskitDir(), "netns") }
 
