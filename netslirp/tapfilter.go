@@ -18,8 +18,8 @@ import (
 // network can: with CAP_NET_RAW as a frame of its own, and without by a socket that is bound to the device.
 //
 // The filter is the device's own, behind every queue, hook and rule that a pod with capabilities could go around or change.
-// Only who holds the program's descriptor can set it, and the kernel reads it from that process anew whenever the device is
-// opened again: it has to be taken off before (tapFilter.close).
+// Only who holds the program's descriptor can set it. The kernel keeps the address of what was set and looks there again, in
+// whichever process opens the device next, so that it is taken off first (close).
 type tapFilter struct{ tap int } // a descriptor; os.File would make what it shares with the program blocking
 
 const tunDevice = "/dev/net/tun"
