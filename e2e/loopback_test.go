@@ -5,6 +5,7 @@ import (
 	"maps"
 	"net"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -57,9 +58,30 @@ func TestHostLoopback(t *testing.T) {
 			for _, look := range found {
 				look()
 			}
+			n.expectListening(streams)
 			arrived.expect(t, "own-udp frame to "+box.Address, "own-udp tap0 to "+box.Address, "own-udp eth0 to "+box.Address)
 			n.down("--grace", "0s")
 		})
+	}
+}
+
+// expectListening: of all that a node has for its own, the streaming port alone has an address in the node's network.
+func (n *node) expectListening(port string) {
+	n.t.Helper()
+	number, err := strconv.Atoi(port)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	var got []string
+	r := n.coracle("enter", "--", "cat", "/proc/net/tcp", "/proc/net/tcp6", "/proc/net/udp", "/proc/net/udp6")
+	for line := range strings.Lines(r.out) {
+		const listens, unconnected = "0A", "07" // TCP_LISTEN, and the state of a datagram socket without a peer
+		if f := strings.Fields(line); len(f) > 3 && (f[3] == listens || f[3] == unconnected) {
+			got = append(got, f[1])
+		}
+	}
+	if want := fmt.Sprintf("0100007F:%04X", number); r.code != 0 || len(got) != 1 || got[0] != want {
+		n.t.Errorf("in the node's network there listen %q, want %s\n%s", got, want, r.out+r.errs)
 	}
 }
 

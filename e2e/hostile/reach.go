@@ -26,8 +26,8 @@ var reachable = []string{"127.0.0.1", "127.0.0.53", hostAlias, resolver, "10.0.2
 	"198.51.100.10", "::1", "fd00::2", "fd00::3", "fd63:6f72:6163:6c65::1", "fe80::2%eth0"}
 
 const (
-	reachLongest = time.Minute     // for what is expected to answer
-	reachLonger  = 2 * time.Second // for the rest, afterwards
+	reachLongest = 20 * time.Second // for what is expected to answer
+	reachLonger  = 2 * time.Second  // for the rest, afterwards
 )
 
 // reach tries everything at every address, all at once, until what is expected has answered, and for a while longer.
