@@ -190,7 +190,7 @@ func runLocked(interrupted context.Context, c config, node rootless.Node, out io
 		return err
 	}
 	settle.InQuiet(slog.Default())
-	return node.RunParent(rootless.ParentOptions{Network: networkDriver, Ports: portDriver,
+	return node.RunParent(rootless.ParentOptions{Network: networkDriver, Ports: ownPorts{portDriver, node.PortsSocket()},
 		Evacuate: delegation.Path != "", Debug: c.Log.Level == "debug"})
 }
 
