@@ -117,6 +117,10 @@ func listenEverywhere(t *testing.T) (targets []string, arrived *smuggled) {
 	arrived = &smuggled{said: map[string]bool{}}
 	for name, addr := range map[string]string{"": "127.0.0.1:0", "resolver-": "127.0.0.53:0", "six-": "[::1]:0", "own-": box.Address + ":0"} {
 		l, err := net.Listen("tcp", addr)
+		if name == "six-" && err != nil {
+			t.Logf("this host has no ::1: %v", err)
+			continue
+		}
 		if err != nil {
 			t.Fatal(err)
 		}
