@@ -335,17 +335,28 @@ func TestSocketInAPod(t *testing.T) {
 		object{"host_path": hostileBin, "container_path": "/hostile", "readonly": true}))
 	root := x.start(pod, file, "root", x.image, probe)
 	other := x.start(pod, file, "other", x.image, probe.with("linux", object{"security_context": object{"run_as_user": object{"value": 1000}}}))
-	x.exec(root, "sh", "-c", "chmod 0777 /door /door/*.sock") // what the pod's root can do for the other one
-	for _, name := range []string{"coracle.sock", "keeper.sock", "admin.sock"} {
+	sockets := []string{"coracle.sock", "keeper.sock", "admin.sock", "ports.sock", "rk/.bp.sock", "rk/api.sock"}
+	for _, name := range sockets {
 		if out := x.exec(other, "/hostile", "greet", "/door/"+name); !strings.Contains(out, "kept") {
 			t.Errorf("%s and another id: %s", name, out)
 		}
 	}
-	if out := x.exec(root, "/hostile", "greet", "/door/coracle.sock"); !strings.Contains(out, "through") {
-		t.Errorf("the pod's root, who is the user: %s", out)
+	x.exec(root, "sh", "-c", "chmod 0777 /door /door/*.sock /door/rk /door/rk/.bp.sock /door/rk/*.sock") // what the pod's root can do for the other one
+	for _, name := range sockets {
+		if out := x.exec(other, "/hostile", "greet", "/door/"+name); !strings.Contains(out, "kept") || strings.Contains(out, "permission denied") {
+			t.Errorf("%s, that all may open, and another id: %s", name, out)
+		}
 	}
-	if !x.logContains("connection refused: the socket is for the user who started the node") {
-		t.Error("the log says nothing of it")
+	for name, want := range map[string]string{"coracle.sock": "through", "ports.sock": "through", "rk/.bp.sock": "through",
+		"rk/api.sock": "ports are published by the node alone"} {
+		if out := x.exec(root, "/hostile", "greet", "/door/"+name); !strings.Contains(out, want) {
+			t.Errorf("%s and the pod's root, who is the user: %s, want %s", name, out, want)
+		}
+	}
+	for _, said := range []string{"connection refused: the socket is for the user who started the node", "port driver: connection refused"} {
+		if !x.logContains(said) {
+			t.Errorf("the log has no %q", said)
+		}
 	}
 	x.down("--grace", "0s")
 }

@@ -101,8 +101,8 @@ func (n *node) layBridge(name string, mtu int, mac net.HardwareAddr) error {
 		if n.bridge, err = ensureBridge(n.route, name, mtu, mac); err != nil {
 			return err
 		}
-		if n.noIPv6 == nil { // nobody else can have the addresses of the bridge
-			if err := writeSysctl("ipv6/conf/"+name+"/accept_dad", "0"); err != nil {
+		if n.noIPv6 == nil {
+			if err := quietBridge(name); err != nil {
 				return err
 			}
 		}
@@ -114,6 +114,17 @@ func (n *node) layBridge(name string, mtu int, mac net.HardwareAddr) error {
 		return errors.Join(writeSysctl("ipv4/conf/all/send_redirects", "0"),
 			writeSysctl("ipv4/conf/"+name+"/send_redirects", "0"))
 	})
+}
+
+// quietBridge spares the bridge duplicate address detection, since nobody else can have its addresses; and it keeps the
+// node from hearing of routers there, whatever the host's settings are, which new namespaces may have from it: behind the
+// bridge are pods alone.
+func quietBridge(name string) error {
+	var errs []error
+	for _, setting := range []string{"accept_dad", "accept_ra", "accept_redirects"} {
+		errs = append(errs, writeSysctl("ipv6/conf/"+name+"/"+setting, "0"))
+	}
+	return errors.Join(errs...)
 }
 
 // openLoopback lets the node reach host ports at its 127.0.0.1 (see firewall).

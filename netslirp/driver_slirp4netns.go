@@ -36,7 +36,7 @@ func checkSlirp4netns(cfg DriverConfig) error {
 	if err := checkProgram("nsenter", "nsenter"); err != nil {
 		return err
 	}
-	if err := checkTun("/dev/net/tun"); err != nil {
+	if err := checkTun(tunDevice); err != nil {
 		return err
 	}
 	if _, err := slirp4netns.DetectFeatures(cfg.Binary); err != nil {
@@ -126,7 +126,7 @@ const (
 // supervise runs slirp4netns until ctx ends, and sends to first what became of the first start. One that ends soon is
 // started again after a pause that grows.
 func (s *slirp) supervise(ctx context.Context, args []string, first chan<- error) {
-	cmd, err := s.start(ctx, args)
+	program, err := s.start(ctx, args)
 	first <- err
 	if err != nil {
 		return
@@ -135,7 +135,7 @@ func (s *slirp) supervise(ctx context.Context, args []string, first chan<- error
 	for {
 		started := time.Now()
 		if err == nil {
-			err = cmd.Wait()
+			err = program.wait()
 		}
 		if ctx.Err() != nil {
 			return
@@ -150,12 +150,26 @@ func (s *slirp) supervise(ctx context.Context, args []string, first chan<- error
 		case <-time.After(pause):
 		}
 		pause = min(2*pause, slirpMostPause)
-		cmd, err = s.start(ctx, args)
+		program, err = s.start(ctx, args)
 	}
 }
 
+// slirpProgram is a slirp4netns that serves.
+type slirpProgram struct {
+	cmd    *exec.Cmd
+	filter *tapFilter // nil where this host forbids it
+}
+
+func (p *slirpProgram) wait() error {
+	err := p.cmd.Wait()
+	if p.filter != nil {
+		err = errors.Join(err, p.filter.close())
+	}
+	return err
+}
+
 // start returns when slirp4netns serves, or has ended.
-func (s *slirp) start(ctx context.Context, args []string) (*exec.Cmd, error) {
+func (s *slirp) start(ctx context.Context, args []string) (*slirpProgram, error) {
 	ready, inherited, err := os.Pipe()
 	if err != nil {
 		return nil, err
@@ -173,5 +187,11 @@ func (s *slirp) start(ctx context.Context, args []string) (*exec.Cmd, error) {
 	if _, err := ready.Read(make([]byte, 1)); err != nil { // its end is that of slirp4netns
 		return nil, fmt.Errorf("start %s: it ended before it was ready: %w", s.cfg.Binary, errors.Join(cmd.Wait(), ctx.Err()))
 	}
-	return cmd, nil
+	// Without it the network serves all the same: what is kept is what pods in the node's network could reach, of which most
+	// nodes have none.
+	filter, err := filterTap(cmd.Process.Pid)
+	if err != nil {
+		fmt.Fprintf(s.cfg.Log, "pods in the node's network can send to the host's 127.0.0.1: %v\n", err)
+	}
+	return &slirpProgram{cmd, filter}, nil
 }

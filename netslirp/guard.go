@@ -22,6 +22,9 @@ import (
 //	  chain prerouting { type filter hook prerouting priority filter
 //	    iifname != "pod*" accept
 //	    ether daddr BRIDGE            ether type ip  iifname . ip saddr @pods4 accept
+//	    ether daddr BRIDGE            ether type ip6 icmpv6 type nd-neighbor-advert iifname . ip6 saddr @pods6
+//	                                                 iifname . icmpv6 taddr @pods6 accept
+//	    icmpv6 type { nd-neighbor-advert, nd-router-advert, nd-redirect } drop
 //	    ether daddr BRIDGE            ether type ip6 iifname . ip6 saddr @pods6 accept
 //	    ether daddr BRIDGE            ether type arp iifname . arp saddr ip @pods4 accept
 //	    ether daddr ff:ff:ff:ff:ff:ff ether type arp iifname . arp saddr ip @pods4 accept
@@ -35,6 +38,10 @@ import (
 // else's address to send from or to answer for, and no other protocol. Together with the bridge's ports, which learn
 // no MAC and are flooded with nothing (settlePort), no pod gets a frame that is not for it.
 //
+// By IPv6 what is said of addresses and routers is in packets of IPv6, from whatever address: a pod is heard on its own
+// addresses alone, also where the message stands behind extension headers. One in several fragments the kernel drops
+// (RFC 6980).
+//
 // A frame that br_netfilter has translated is beyond this hook, and the bridge may pass it on to another port.
 type guard struct {
 	rules  *ruleset
@@ -47,11 +54,15 @@ const bridgeFilter = -200
 
 // Offsets and sizes in a frame: RFC 894, RFC 826, RFC 4861.
 const (
-	etherTypeAt   = 12
-	arpSenderAt   = 14
-	icmpv6TypeAt  = 0
-	neighbourAsks = 135
-	nextHeaderAt  = 6 // of IPv6: an extension header is not taken for ICMPv6
+	etherTypeAt     = 12
+	arpSenderAt     = 14
+	icmpv6TypeAt    = 0
+	nextHeaderAt    = 6 // of IPv6: an extension header is not taken for ICMPv6
+	targetAt        = 8 // of the message by which neighbourTells
+	routerTells     = 134
+	neighbourAsks   = 135
+	neighbourTells  = 136
+	routerRedirects = 137
 )
 
 // guardTable names the objects, for one transaction.
@@ -175,19 +186,24 @@ func (g *guard) addRules(c *nftables.Conn, t guardTable) {
 
 	rule(expr.VerdictAccept, []expr.Any{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: register(0)},
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: register(0), Data: []byte(linkPrefix)}})
-	rule(expr.VerdictAccept, toNode, etherType(unix.ETH_P_IP), t.fromPod(ipv4, ipv4.saddr))
-	rule(expr.VerdictAccept, toNode, etherType(unix.ETH_P_IPV6), t.fromPod(ipv6, ipv6.saddr))
-	rule(expr.VerdictAccept, toNode, etherType(unix.ETH_P_ARP), t.fromPod(ipv4, arpSenderAt))
-	rule(expr.VerdictAccept, toAll, etherType(unix.ETH_P_ARP), t.fromPod(ipv4, arpSenderAt))
-	rule(expr.VerdictAccept, toGroup, etherType(unix.ETH_P_IPV6), asks, t.fromPod(ipv6, ipv6.saddr))
+	rule(expr.VerdictAccept, toNode, etherType(unix.ETH_P_IP), t.fromPod(ipv4, network, ipv4.saddr))
+	rule(expr.VerdictAccept, toNode, etherType(unix.ETH_P_IPV6), icmpv6(neighbourTells), t.fromPod(ipv6, network, ipv6.saddr),
+		t.fromPod(ipv6, transport, targetAt))
+	for _, kind := range []byte{neighbourTells, routerTells, routerRedirects} {
+		rule(expr.VerdictDrop, icmpv6(kind))
+	}
+	rule(expr.VerdictAccept, toNode, etherType(unix.ETH_P_IPV6), t.fromPod(ipv6, network, ipv6.saddr))
+	rule(expr.VerdictAccept, toNode, etherType(unix.ETH_P_ARP), t.fromPod(ipv4, network, arpSenderAt))
+	rule(expr.VerdictAccept, toAll, etherType(unix.ETH_P_ARP), t.fromPod(ipv4, network, arpSenderAt))
+	rule(expr.VerdictAccept, toGroup, etherType(unix.ETH_P_IPV6), asks, t.fromPod(ipv6, network, ipv6.saddr))
 	rule(expr.VerdictDrop)
 }
 
-// fromPod matches a frame of which the link and the address at that place of its network header are one pod's.
-func (t guardTable) fromPod(f *family, offset uint32) []expr.Any {
+// fromPod matches a frame of which the link and the address at that place of a header are one pod's.
+func (t guardTable) fromPod(f *family, base expr.PayloadBase, offset uint32) []expr.Any {
 	return []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: register(0)},
-		&expr.Payload{DestRegister: register(unix.IFNAMSIZ / 4), Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: f.size},
+		&expr.Payload{DestRegister: register(unix.IFNAMSIZ / 4), Base: base, Offset: offset, Len: f.size},
 		&expr.Lookup{SourceRegister: register(0), SetName: t.pods[f].Name, SetID: t.pods[f].ID},
 	}
 }

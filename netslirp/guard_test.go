@@ -67,8 +67,8 @@ func TestForgedFramesAreDropped(t *testing.T) {
 		"the gateway's address, told to all":     slices.Concat(arpReply(all, thiefMAC, "10.88.0.1", victim.ip), []byte(mark)),
 		"the victim's address, told the node":    slices.Concat(arpReply(gateway, thiefMAC, victim.ip, "10.88.0.1"), []byte(mark)),
 	}
-	atVictim, atThief := sniff(t, victim.ns), sniff(t, thief.ns)
-	raw := packetSocket(t, thief.ns)
+	atVictim, atThief := sniff(t, victim.ns, podInterface), sniff(t, thief.ns, podInterface)
+	raw := packetSocket(t, thief.ns, podInterface)
 	for name, frame := range frames {
 		must(t, raw.send(frame))
 		// The one that may pass, after it: what came before has been dealt with once this is here.
@@ -121,14 +121,14 @@ func askFrom(ns, from, to string) (string, error) {
 	return string(buf[:got]), err
 }
 
-// wireTap is a packet(7) socket on a pod's eth0.
+// wireTap is a packet(7) socket on an interface.
 type wireTap struct{ *os.File }
 
-func packetSocket(t testing.TB, ns string) wireTap {
+func packetSocket(t testing.TB, ns, name string) wireTap {
 	t.Helper()
 	var tap wireTap
 	within(t, ns, func() error {
-		link, err := net.InterfaceByName("eth0")
+		link, err := net.InterfaceByName(name)
 		if err != nil {
 			return err
 		}
@@ -137,7 +137,7 @@ func packetSocket(t testing.TB, ns string) wireTap {
 		if err != nil {
 			return err
 		}
-		tap = wireTap{os.NewFile(uintptr(fd), "eth0")}
+		tap = wireTap{os.NewFile(uintptr(fd), name)}
 		return unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: all, Ifindex: link.Index})
 	})
 	t.Cleanup(func() { tap.Close() })
@@ -150,11 +150,11 @@ func (w wireTap) send(frame []byte) error {
 }
 
 // sniff also takes what is for others (PACKET_MR_PROMISC).
-func sniff(t testing.TB, ns string) wireTap {
+func sniff(t testing.TB, ns, name string) wireTap {
 	t.Helper()
-	tap := packetSocket(t, ns)
+	tap := packetSocket(t, ns, name)
 	within(t, ns, func() error {
-		link, err := net.InterfaceByName("eth0")
+		link, err := net.InterfaceByName(name)
 		if err != nil {
 			return err
 		}

@@ -19,7 +19,7 @@ import (
 // Config says where a node's network is and how it is laid out.
 type Config struct {
 	NetNS          string // path of the node's network namespace
-	APISocket      string // rootlesskit's API socket
+	APISocket      string // where rootlesskit's API for ports is served
 	Dir            string // state, of this package alone; made if missing
 	PodCIDR        string // one network, or one of each version of IP with a comma between them; "" is DefaultPodCIDR
 	MTU            int    // 0 is DefaultMTU

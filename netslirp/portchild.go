@@ -80,6 +80,10 @@ func (d portChild) RunChildDriver(config map[string]string, quit <-chan struct{}
 		}
 		wg.Go(func() {
 			defer conn.Close()
+			if err := ofThisUser(conn); err != nil {
+				fmt.Fprintf(d.log, "port driver: connection refused: %v\n", err)
+				return
+			}
 			if err := d.serve(ctx, conn, node); err != nil {
 				// The parent reads no text but the missing descriptor, and closes the client's connection.
 				_, _ = lowlevelmsgutil.MarshalToWriter(conn, &msg.Reply{Error: err.Error()})
@@ -87,6 +91,23 @@ func (d portChild) RunChildDriver(config map[string]string, quit <-chan struct{}
 			}
 		})
 	}
+}
+
+// ofThisUser refuses everybody but the user who started the node, whom this user namespace knows as its own id.
+func ofThisUser(conn *net.UnixConn) error {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var peer *unix.Ucred
+	cerr := raw.Control(func(fd uintptr) { peer, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
+	if err := errors.Join(cerr, err); err != nil {
+		return fmt.Errorf("ask who connects: %w", err)
+	}
+	if peer.Uid != uint32(os.Geteuid()) {
+		return fmt.Errorf("the socket is for the user who started the node, and not for uid %d", peer.Uid)
+	}
+	return nil
 }
 
 // serve answers one request (rootlesskit's pkg/port/builtin/msg).

@@ -291,6 +291,7 @@ func TestInsideNode(t *testing.T) {
 	wantAnswer(t, client.ns, "tcp", hostIP+":8080", "host")
 	wantAnswer(t, client.ns, "tcp", lanIP+":80", "lan "+hostIP)
 	wantSilence(t, client.ns, "tcp", "10.0.2.2:8081") // the host's loopback, which slirp4netns would lend
+	wantFiltered(t, n)
 	if got := resolve(t, client.ns, n.cfg.DNS); got != hostIP {
 		t.Errorf("%s is %q, want %s", hostName, got, hostIP)
 	}
@@ -327,6 +328,7 @@ func TestInsideNode(t *testing.T) {
 	eventually(t, "slirp4netns is started again", n.Ready)
 	wantAnswer(t, client.ns, "tcp", hostIP+":8080", "host")
 	wantAnswer(t, client.ns, "tcp", lanIP+":80", "lan "+hostIP)
+	wantFiltered(t, n)
 	must(t, n.Detach(ctx, client.id, client.ns))
 }
 

@@ -58,7 +58,7 @@ func (f *firewall) addChains(c *nftables.Conn, t tables, prefixes []netip.Prefix
 	nowhere := chain("nowhere", filter, nftables.ChainHookPrerouting, nftables.ChainPriorityFilter)
 	rule(nowhere, f.fromBridge(), tcp(), fib(expr.Fib{FlagDADDR: true, FlagMARK: true}, expr.CmpOpEq, unix.RTN_UNREACHABLE), reset())
 	redirects := chain("redirects", filter, nftables.ChainHookOutput, nftables.ChainPriorityFilter)
-	rule(redirects, f.toBridge(), redirect(), verdict(expr.VerdictDrop))
+	rule(redirects, f.toBridge(), icmpv6(routerRedirects), verdict(expr.VerdictDrop)) // of a shorter way, as pods have
 }
 
 func (f *firewall) addMasquerade(c *nftables.Conn, t tables, chain *nftables.Chain, prefixes []netip.Prefix) {
@@ -138,15 +138,12 @@ func tcp() []expr.Any {
 	}
 }
 
-// redirect matches an ICMPv6 message that tells a pod of a shorter way.
-func redirect() []expr.Any {
-	const ndRedirect = 137 // RFC 4861
-	return []expr.Any{
+// icmpv6 matches a message of that type, also behind extension headers.
+func icmpv6(kind byte) []expr.Any {
+	return append([]expr.Any{
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: register(0)},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: register(0), Data: []byte{unix.IPPROTO_ICMPV6}},
-		&expr.Payload{DestRegister: register(0), Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: register(0), Data: []byte{ndRedirect}},
-	}
+	}, field(expr.PayloadBaseTransportHeader, icmpv6TypeAt, []byte{kind})...)
 }
 
 // setMark marks the connection.

@@ -1,17 +1,40 @@
 package rootless
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
+// Lives tells whether the node has a parent, whatever became of its record and wherever its data is: RootlessKit's holds a
+// lock in the runtime directory, and then serves its API there.
+func (n Node) Lives() bool {
+	if f, err := os.Open(n.parentLock()); err == nil {
+		defer f.Close()
+		if errors.Is(unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB), unix.EWOULDBLOCK) {
+			return true
+		}
+	}
+	conn, err := net.DialTimeout("unix", n.APISocket(), time.Second)
+	if err != nil {
+		return false
+	}
+	conn.Close()
+	return true
+}
+
 // Find is ReadRecord for those who want the node that runs, whatever became of its record: where that cannot be read, the
-// parent is found by the lock, which it alone holds. fs.ErrNotExist where the node is not up.
+// parent is found by its locks, which it alone holds. fs.ErrNotExist where the node is not up.
 func (n Node) Find() (Record, error) {
 	record, err := n.ReadRecord()
 	if err == nil {
@@ -25,18 +48,20 @@ func (n Node) Find() (Record, error) {
 	return Record{Version: recordVersion, Name: n.Name, PID: pid, PIDStart: start, Program: "?", Driver: "?", CgroupFound: unknown}, nil
 }
 
-// lockHolder finds another process that has the lock's file open; 0 where there is none.
+// lockHolder finds another process that has one of a parent's locks; 0 where there is none.
 func (n Node) lockHolder() (pid int, start uint64) {
 	links, err := filepath.Glob("/proc/[0-9]*/fd/*")
 	if err != nil {
 		return 0, 0
 	}
-	lock, err := filepath.EvalSymlinks(n.lockFile())
-	if err != nil {
-		return 0, 0
+	var locks []string
+	for _, file := range []string{n.lockFile(), n.parentLock()} {
+		if lock, err := filepath.EvalSymlinks(file); err == nil {
+			locks = append(locks, lock)
+		}
 	}
 	for _, link := range links {
-		if to, err := os.Readlink(link); err != nil || to != lock {
+		if to, err := os.Readlink(link); err != nil || !slices.Contains(locks, to) || !locked(link) {
 			continue
 		}
 		pid, err := strconv.Atoi(strings.Split(link, "/")[2])
@@ -48,6 +73,13 @@ func (n Node) lockHolder() (pid int, start uint64) {
 		}
 	}
 	return 0, 0
+}
+
+// locked tells whether the descriptor, a path of /proc, has its file to itself (proc_pid_fdinfo(5)): who is only looking
+// whether another has the lock has not.
+func locked(descriptor string) bool {
+	info, err := os.ReadFile(strings.Replace(descriptor, "/fd/", "/fdinfo/", 1))
+	return err == nil && bytes.Contains(info, []byte("FLOCK")) && bytes.Contains(info, []byte("WRITE"))
 }
 
 // firstOf finds the PID 1 of the pid namespace that the node's parent has made.

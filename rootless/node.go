@@ -76,8 +76,14 @@ func (n Node) KeeperSocket() string { return filepath.Join(n.RuntimeDir, "keeper
 // RootlesskitDir is RootlessKit's state directory.
 func (n Node) RootlesskitDir() string { return filepath.Join(n.RuntimeDir, "rk") }
 
-// APISocket is RootlessKit's REST API, which publishes ports.
+// PortsSocket is where the parent publishes ports of the host.
+func (n Node) PortsSocket() string { return filepath.Join(n.RuntimeDir, "ports.sock") }
+
+// APISocket is RootlessKit's REST API, which says what the node is made of.
 func (n Node) APISocket() string { return filepath.Join(n.RootlesskitDir(), "api.sock") }
+
+// parentLock is the lock that RootlessKit's parent holds for life.
+func (n Node) parentLock() string { return filepath.Join(n.RootlesskitDir(), "lock") }
 
 // NetNS is the node's network namespace; the bind mount is seen inside the node's mount namespace only.
 func (n Node) NetNS() string { return filepath.Join(n.RootlesskitDir(), "netns") }

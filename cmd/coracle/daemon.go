@@ -91,7 +91,7 @@ func runDaemon(ctx context.Context, c config, node rootless.Node, ready *readine
 		return err
 	}
 	defer func() { err = errors.Join(err, store.Close()) }()
-	network, err := netslirp.Open(netslirp.Config{NetNS: node.NetNS(), APISocket: node.APISocket(), Dir: filepath.Join(node.RuntimeDir, "net"),
+	network, err := netslirp.Open(netslirp.Config{NetNS: node.NetNS(), APISocket: portsSocket(node), Dir: filepath.Join(node.RuntimeDir, "net"),
 		PodCIDR: c.Network.PodCIDR, MTU: c.Network.MTU, Bridge: "coracle0", DNS: "10.0.2.3", HostResolvConf: "/etc/resolv.conf", Log: log})
 	if err != nil {
 		return err
@@ -119,11 +119,11 @@ type servers struct {
 }
 
 func (s servers) serve(ctx context.Context, node rootless.Node, ready *readiness, log *slog.Logger) error {
-	cri, err := listenCRI(node.Socket(), log)
+	cri, err := listenOwn(node.Socket(), log)
 	if err != nil {
 		return err
 	}
-	admin, err := listenCRI(adminSocket(node), log)
+	admin, err := listenOwn(adminSocket(node), log)
 	if err != nil {
 		return errors.Join(err, cri.Close())
 	}

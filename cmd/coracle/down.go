@@ -84,7 +84,10 @@ func settledRecord(node rootless.Node) (rootless.Record, error) {
 		}
 		lock, lockErr := node.TryLock()
 		if lockErr == nil {
-			return record, errors.Join(err, lock.Release())
+			if lockErr = lock.Release(); node.Lives() { // with another data directory, and a record that cannot be read
+				return node.Find()
+			}
+			return record, errors.Join(err, lockErr)
 		}
 		if !errors.Is(lockErr, rootless.ErrUp) {
 			return record, lockErr

@@ -161,8 +161,8 @@ func recovered(log *slog.Logger, method string, reason any) error {
 	return status.Errorf(codes.Internal, "%s: the daemon has a defect (%v); its log has the stack", method, reason)
 }
 
-// listenCRI listens on path for this user alone. A socket that a killed daemon left is replaced.
-func listenCRI(path string, log *slog.Logger) (net.Listener, error) {
+// listenOwn listens on path for this user alone. A socket that a killed process left is replaced.
+func listenOwn(path string, log *slog.Logger) (net.Listener, error) {
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("remove stale socket: %w", err)
 	}

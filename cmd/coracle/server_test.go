@@ -102,7 +102,7 @@ func startServer(t *testing.T, c grpcConfig, runtime runtimeapi.RuntimeServiceSe
 	log = &syncBuffer{}
 	server := newServer(ctx, c, runtime, noImages{}, slog.New(slog.NewTextHandler(log, nil)))
 	socket := filepath.Join(t.TempDir(), "s")
-	listener, err := listenCRI(socket, slog.New(slog.NewTextHandler(log, nil)))
+	listener, err := listenOwn(socket, slog.New(slog.NewTextHandler(log, nil)))
 	if err != nil {
 		t.Fatal(err)
 	}

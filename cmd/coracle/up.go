@@ -97,7 +97,24 @@ func claim(c config, node rootless.Node) (*rootless.Lock, error) {
 		return nil, err
 	}
 	lock, err := node.TryLock()
-	return lock, explainLock(node, err)
+	if err != nil {
+		return nil, explainLock(node, err)
+	}
+	if err := refuseLive(node); err != nil {
+		return nil, errors.Join(err, lock.Release())
+	}
+	return lock, nil
+}
+
+// refuseLive is for who holds the lock, which is that of the data directory: a node that lives here with another one is not
+// to be swept, whether its record can be read or not.
+func refuseLive(node rootless.Node) error {
+	record, err := node.ReadRecord()
+	if err == nil && record.PID == os.Getpid() || (err != nil || !record.Alive()) && !node.Lives() {
+		return nil
+	}
+	return fmt.Errorf("%w; it was started with another XDG_DATA_HOME than yours, so that its images are not in %s",
+		explainLock(node, rootless.ErrUp), node.DataDir)
 }
 
 // runNode is the parent role: it holds the node's lock, cgroup and record for as long as the node lives, and
@@ -175,19 +192,17 @@ func runLocked(interrupted context.Context, c config, node rootless.Node, out io
 	}
 	threads.Keep(spareThreads)
 	settle.InQuiet(slog.Default())
-	return node.RunParent(rootless.ParentOptions{Network: networkDriver, Ports: portDriver,
+	return node.RunParent(rootless.ParentOptions{Network: networkDriver, Ports: ownPorts{portDriver, node.PortsSocket()},
 		Evacuate: delegation.Path != "", Debug: c.Log.Level == "debug"})
 }
 
 // sweep removes what an earlier life of the node left when it was killed: its cgroup, which the record names
-// whoever sweeps, then the runtime directory with the record. The caller holds the lock, which is that of the data
-// directory: a node that lives here with another one is not swept.
+// whoever sweeps, then the runtime directory with the record. The caller holds the lock.
 func sweep(node rootless.Node) error {
-	record, err := node.ReadRecord()
-	if err == nil && record.Alive() && record.PID != os.Getpid() {
-		return fmt.Errorf("%w; it was started with another XDG_DATA_HOME than yours, so that its images are not in %s",
-			explainLock(node, rootless.ErrUp), node.DataDir)
+	if err := refuseLive(node); err != nil {
+		return err
 	}
+	record, err := node.ReadRecord()
 	if err == nil && record.Cgroup != "" {
 		err = cgroupv2.RemoveStale(cgroupv2.Delegation{Path: filepath.Dir(record.Cgroup)}, cgroupv2.NodeName(record.Cgroup))
 	}
@@ -220,7 +235,7 @@ func explainLock(node rootless.Node, err error) error {
 	if !errors.Is(err, rootless.ErrUp) {
 		return err
 	}
-	if record, rerr := node.ReadRecord(); rerr != nil || !record.Alive() {
+	if record, rerr := node.ReadRecord(); (rerr != nil || !record.Alive()) && !node.Lives() {
 		return fmt.Errorf("another process holds node %s (%s) and is not in %s: it is just starting or ending, or was started with another XDG_RUNTIME_DIR; set that as it was then, or choose another --name",
 			node.Name, node.DataDir, node.RuntimeDir)
 	}

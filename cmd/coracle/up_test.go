@@ -2,11 +2,14 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/rootless-containers/rootlesskit/v3/pkg/parent"
 
 	"github.com/coracle-cri/coracle/rootless"
 )
@@ -34,20 +37,51 @@ func TestASweepSparesALiveNode(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	parent := startOf(t, os.Getppid())
-	write(func(r *rootless.Record) { r.PID, r.PIDStart = os.Getppid(), parent })
+	started := startOf(t, os.Getppid())
+	write(func(r *rootless.Record) { r.PID, r.PIDStart = os.Getppid(), started })
 	if err := sweep(node); err == nil || !strings.Contains(err.Error(), "is up already") || !strings.Contains(err.Error(), "XDG_DATA_HOME") {
 		t.Errorf("sweep of a live node: %v", err)
 	}
 	if _, err := os.Stat(record); err != nil {
 		t.Errorf("its record: %v", err)
 	}
-	write(func(r *rootless.Record) { r.PID, r.PIDStart = os.Getppid(), parent+1 })
+	// Where its record cannot be read, RootlessKit's lock tells.
+	if err := errors.Join(os.WriteFile(record, []byte("{"), 0o600), os.Mkdir(node.RootlesskitDir(), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	lock, err := parent.LockStateDir(node.RootlesskitDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := sweep(node); err == nil || !strings.Contains(err.Error(), "is up already") || !strings.Contains(err.Error(), "XDG_DATA_HOME") {
+		t.Errorf("sweep of a live node without its record: %v", err)
+	}
+	if _, err := os.Stat(record); err != nil {
+		t.Errorf("its record: %v", err)
+	}
+	if err := lock.Unlock(); err != nil {
+		t.Fatal(err)
+	}
+	write(func(r *rootless.Record) { r.PID, r.PIDStart = os.Getppid(), started+1 })
 	if err := sweep(node); err != nil {
 		t.Errorf("sweep of a dead node whose pid is another's: %v", err)
 	}
 	if _, err := os.Stat(node.RuntimeDir); !os.IsNotExist(err) {
 		t.Errorf("its directory: %v", err)
+	}
+}
+
+// A daemon that has taken the place of an earlier one below the same parent publishes ports where that parent serves them.
+func TestPortsOfAnEarlierParent(t *testing.T) {
+	node := rootless.Node{Name: "n", RuntimeDir: t.TempDir(), DataDir: t.TempDir()}
+	if got := portsSocket(node); got != node.APISocket() {
+		t.Errorf("with no socket of our own: %s", got)
+	}
+	if err := os.WriteFile(node.PortsSocket(), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := portsSocket(node); got != node.PortsSocket() {
+		t.Errorf("with one: %s", got)
 	}
 }
 

@@ -202,7 +202,7 @@ func (c *census) countLinks(n *node) error {
 // countPorts asks RootlessKit which ports of the host it has published.
 func (c *census) countPorts(n *node) error {
 	transport := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, "unix", filepath.Join(n.runtimeDir(), "rk", "api.sock"))
+		return (&net.Dialer{}).DialContext(ctx, "unix", filepath.Join(n.runtimeDir(), "ports.sock"))
 	}}
 	answer, err := (&http.Client{Transport: transport, Timeout: 10 * time.Second}).Get("http://rootlesskit/v1/ports")
 	if err != nil {

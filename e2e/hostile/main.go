@@ -45,6 +45,9 @@ func main() {
 			}
 			fmt.Println("through")
 			return
+		case "reach":
+			reach(os.Args[2:])
+			return
 		case "exchange":
 			exchange(os.Args[2])
 			return

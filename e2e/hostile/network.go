@@ -116,6 +116,11 @@ func greet(path string) error {
 		hello = string([]byte{0, 0, 0, byte(len(body))}) + body
 	case strings.HasSuffix(path, "admin.sock"):
 		hello = "GET / HTTP/1.0\r\n\r\n"
+	case strings.HasSuffix(path, "ports.sock"), strings.HasSuffix(path, "api.sock"):
+		hello = "GET /v1/ports HTTP/1.0\r\n\r\n"
+	case strings.HasSuffix(path, ".bp.sock"): // a request of RootlessKit's port driver, whose length comes first
+		body := `{"Type":"init"}`
+		hello = string([]byte{byte(len(body)), 0, 0, 0}) + body
 	}
 	if _, err := io.WriteString(conn, hello); err != nil {
 		return err
@@ -125,7 +130,9 @@ func greet(path string) error {
 	if n == 0 {
 		return fmt.Errorf("no answer: %w", err)
 	}
-	if strings.Contains(string(answer[:n]), "may not use") {
+	if said := string(answer[:n]); strings.Contains(said, "ports are published by the node alone") {
+		return errors.New(said)
+	} else if strings.Contains(said, "may not use") {
 		return errors.New(string(answer[4:n]))
 	}
 	return nil

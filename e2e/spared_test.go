@@ -1,0 +1,73 @@
+package e2e
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// TestALiveNodeIsSpared: a node that lives is not swept by an up with another data directory, which has another lock,
+// whatever became of the node's record; and down finds it from there too.
+func TestALiveNodeIsSpared(t *testing.T) {
+	n, image := upWithBusybox(t, "default")
+	pod, file := n.runPod("spared", nil)
+	id := n.start(pod, file, "spared", image, shell("exec sleep 1000"))
+	daemon := n.daemon()
+	record := filepath.Join(n.runtimeDir(), "node.json")
+	whole, err := os.ReadFile(record)
+	if err != nil {
+		t.Fatal(err)
+	}
+	elsewhere := []string{"XDG_DATA_HOME=" + n.mkdir("other")}
+	coracle := func(args ...string) result { return n.command(elsewhere, filepath.Join(binDir, "coracle"), args...) }
+	try := func(name string, env []string, args ...string) {
+		t.Helper()
+		before := filesBelow(t, n.runtimeDir())
+		r := n.command(env, filepath.Join(binDir, "coracle"), args...)
+		if r.code == 0 || !strings.Contains(r.errs, "node default is up already") || !strings.Contains(r.errs, "coracle down") ||
+			env != nil && !strings.Contains(r.errs, "another XDG_DATA_HOME") {
+			t.Errorf("record %s, coracle %v: exit code %d\n%s%s", name, args, r.code, r.out, r.errs)
+		}
+		if after := filesBelow(t, n.runtimeDir()); !slices.Equal(before, after) {
+			t.Errorf("record %s, coracle %v: the runtime directory had %q and has %q", name, args, before, after)
+		}
+		if out := n.exec(id, "echo", "here"); out != "here" || n.daemon() != daemon {
+			t.Fatalf("record %s, coracle %v: %q", name, args, out)
+		}
+	}
+	try("whole", elsewhere, "up", "--detach")
+	for name, damage := range damages {
+		if err := errors.Join(os.RemoveAll(record), damage(record, whole)); err != nil {
+			t.Fatal(err)
+		}
+		try(name, elsewhere, "up", "--detach") // first: where it is not refused, it returns
+		try(name, elsewhere, "up")
+		try(name, nil, "up")
+	}
+	n.traces = n.trace()
+	// The last damage is still there.
+	if r := coracle("down", "--grace", "0s"); r.code != 0 || !strings.Contains(r.out, "node default is down") {
+		t.Errorf("coracle down: exit code %d\n%s%s", r.code, r.out, r.errs)
+	}
+	<-n.ended
+	n.hangUp()
+	n.expectNothingLeft(2 * time.Second)
+}
+
+// filesBelow lists the names in a directory.
+func filesBelow(t *testing.T, dir string) []string {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names
+}

@@ -1,0 +1,93 @@
+package netslirp
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// tapFilter keeps from a user-mode network what is for 127.0.0.0/8 or 0.0.0.0/8, as it passes from the TAP device to the
+// program. slirp4netns would connect to what listens on the host's loopback there, whatever --disable-host-loopback says,
+// which is about its gateway's address alone. No routing of the node's brings such a packet to it, but a pod in the node's
+// network can: with CAP_NET_RAW as a frame of its own, and without by a socket that is bound to the device.
+//
+// The filter is the device's own, behind every queue, hook and rule that a pod with capabilities could go around or change.
+// Only who holds the program's descriptor can set it. The kernel keeps the address of what was set and looks there again, in
+// whichever process opens the device next, so that it is taken off first (close).
+type tapFilter struct{ tap int } // a descriptor; os.File would make what it shares with the program blocking
+
+const tunDevice = "/dev/net/tun"
+
+// filterTap takes the program's descriptor of its TAP device, once it has one, which a parent of the same user may.
+func filterTap(pid int) (*tapFilter, error) {
+	tap, err := tapOf(pid)
+	if err != nil {
+		return nil, fmt.Errorf("find the TAP device of process %d: %w", pid, err)
+	}
+	f := &tapFilter{tap: tap}
+	if err := f.set(unix.TUNATTACHFILTER); err != nil {
+		return nil, fmt.Errorf("filter the TAP device of process %d: %w", pid, errors.Join(err, unix.Close(tap)))
+	}
+	return f, nil
+}
+
+func (f *tapFilter) close() error {
+	return errors.Join(f.set(unix.TUNDETACHFILTER), unix.Close(f.tap))
+}
+
+// set attaches the program, or detaches whatever there is.
+func (f *tapFilter) set(request uintptr) error {
+	const (
+		load   = unix.BPF_LD | unix.BPF_ABS
+		equal  = unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K
+		answer = unix.BPF_RET | unix.BPF_K
+		all    = 0xffffffff
+		ipAt   = 14
+	)
+	program := []unix.SockFilter{
+		{Code: load | unix.BPF_H, K: etherTypeAt},
+		{Code: equal, K: unix.ETH_P_IP, Jf: 3},
+		{Code: load | unix.BPF_B, K: ipAt + ipv4.daddr()}, // the first byte of the destination
+		{Code: equal, K: 127, Jt: 2},
+		{Code: equal, K: 0, Jt: 1},
+		{Code: answer, K: all},
+		{Code: answer, K: 0},
+	}
+	fprog := unix.SockFprog{Len: uint16(len(program)), Filter: &program[0]}
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(f.tap), request, uintptr(unsafe.Pointer(&fprog)))
+	runtime.KeepAlive(program)
+	if errno != 0 {
+		return errno
+	}
+	return nil
+}
+
+// tapOf duplicates the descriptor (pidfd_getfd(2)).
+func tapOf(pid int) (int, error) {
+	links, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
+	if err != nil {
+		return -1, err
+	}
+	for _, link := range links {
+		if to, err := os.Readlink(link); err != nil || to != tunDevice {
+			continue
+		}
+		number, err := strconv.Atoi(filepath.Base(link))
+		if err != nil {
+			return -1, err
+		}
+		pidfd, err := unix.PidfdOpen(pid, 0)
+		if err != nil {
+			return -1, err
+		}
+		defer unix.Close(pidfd)
+		return unix.PidfdGetfd(pidfd, number, 0)
+	}
+	return -1, os.ErrNotExist
+}
