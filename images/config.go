@@ -93,12 +93,6 @@ func (c *Config) lookUp(host string) (rc RegistryConfig, ok bool) {
 	return RegistryConfig{}, false
 }
 
-// named tells whether host has a section of its own.
-func (c *Config) named(host string) bool {
-	_, ok := c.lookUp(host)
-	return ok
-}
-
 // mirrors are those of the host's own section, even where that has none, else those for every registry.
 func (c *Config) mirrors(host string) []string {
 	rc, ok := c.lookUp(host)
@@ -157,7 +151,9 @@ type ImageConfig struct {
 type waits struct {
 	dial       time.Duration // for a connection, and for TLS on it
 	header     time.Duration // for the header of an answer
-	stall      time.Duration // less than minProgress for so long: the connection is given up and resumed
+	stall      time.Duration // an answer that brings less than least bytes in so much waiting is given up, and resumed elsewhere
+	least      int           // bytes in each stall
+	patience   time.Duration // what waiting may take in all, see patience
 	backoff    time.Duration // before the first retry; doubles
 	maxBackoff time.Duration
 	retryAfter time.Duration // the longest Retry-After that is waited for
@@ -165,5 +161,8 @@ type waits struct {
 	resync     time.Duration // after layers could not be written out
 }
 
-var defaultWaits = waits{dial: 30 * time.Second, header: time.Minute, stall: time.Minute, backoff: 500 * time.Millisecond, maxBackoff: 15 * time.Second, retryAfter: time.Minute,
-	settle: 2 * time.Second, resync: time.Minute}
+// defaultWaits has a least rate of 1.1 KB/s. Three layers that come at once over a mobile line of the worst kind, GPRS at
+// some 40 kbit/s, get 1.7 each; and where each gets less, it is what they get together that counts. A server that trickles
+// is given up, and whoever waits behind it waits for no more than that.
+var defaultWaits = waits{dial: 30 * time.Second, header: time.Minute, stall: time.Minute, least: 64 << 10, patience: 10 * time.Minute,
+	backoff: 500 * time.Millisecond, maxBackoff: 15 * time.Second, retryAfter: time.Minute, settle: 2 * time.Second, resync: time.Minute}
