@@ -84,7 +84,7 @@ func (s *Store) addLayerFrom(ctx context.Context, want layerWant, within *room, 
 	crash.Point("images/layer-unpacked")
 	// Not synced: the record goes the way of the layer that it describes (see sync.go).
 	if err := writeUnsynced(filepath.Join(dir, "layer.json"), rec); err != nil {
-		return u.run(err)
+		return u.run(s.full(err))
 	}
 	crash.Point("images/layer-recorded")
 	placed := false

@@ -7,37 +7,33 @@ import (
 	"time"
 )
 
-// patience is the time that one registry or mirror may cost one pull. Two things are counted, each once however many
-// layers wait at the same time: pauses before something is asked for again, whether the registry named them (Retry-After)
-// or we chose them, all of which are spent; and waiting for the network, where waits.stall is free for each waits.least
-// bytes of a layer, for each layer and for each document that comes, and more than that is spent. When waits.patience is
-// spent, the pull is given up. So a pull has an end, whatever the registry does: waits.patience and the time that its
-// size, as the manifest declares it, takes at the least rate.
+// patience is the time that one registry or mirror may cost one pull: waits.patience in all. Two things take of it, each
+// once however many layers wait at the same time: pauses before something is asked for again, whether the registry named
+// them (Retry-After) or we chose them, and waiting for the network. Of the latter each waits.least bytes of a layer give
+// waits.stall back, and so do each layer and each document for themselves. So a pull has an end, whatever the registry
+// does: waits.patience, and the time that its size, as the manifest declares it, takes at the least rate.
 type patience struct {
 	waits waits
 
 	mu                sync.Mutex
 	pausing, awaiting int // how many do so now
 	since             time.Time
-	unpaid            time.Duration // of waiting for the network, since something came
-	spent             time.Duration
-	last              string // what the registry said last when it was not what was asked for
+	paused            time.Duration
+	unpaid            time.Duration // of waiting for the network, by what came
+	over              bool          // what was left was not enough
+	last              string        // what the registry said last when it was not what was asked for
 }
 
-// count brings the sums up to now.
+// countLocked brings the sums up to now.
 func (p *patience) countLocked() {
 	now := time.Now()
 	switch {
 	case p.pausing > 0:
-		p.spent += now.Sub(p.since)
+		p.paused += now.Sub(p.since)
 	case p.awaiting > 0:
 		p.unpaid += now.Sub(p.since)
 	}
 	p.since = now
-}
-
-func (p *patience) leftLocked() time.Duration {
-	return p.waits.patience - p.spent - max(0, p.unpaid-p.waits.stall)
 }
 
 // await counts until done is called.
@@ -56,27 +52,27 @@ func (p *patience) add(to *int) (done func()) {
 	}
 }
 
-// rewarded is called for what came and was not had before.
-func (p *patience) rewarded() {
+// rewarded is called for bytes that came and were not had before.
+func (p *patience) rewarded(bytes int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.countLocked()
-	p.spent += max(0, p.unpaid-p.waits.stall)
-	p.unpaid = 0
+	p.unpaid = max(0, p.unpaid-p.waits.stall*time.Duration(bytes)/time.Duration(p.waits.least))
 }
 
-// pause sleeps. Ask allows first.
+// pause sleeps. Ask grants first.
 func (p *patience) pause(ctx context.Context, d time.Duration) error {
 	defer p.add(&p.pausing)()
 	return sleep(ctx, d)
 }
 
-// allows tells whether there is time to wait for d.
-func (p *patience) allows(d time.Duration) bool {
+// grants tells whether there is time for a pause. Where there is not, the pull is over.
+func (p *patience) grants(d time.Duration) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.countLocked()
-	return d <= p.leftLocked()
+	p.over = p.over || d > p.waits.retryAfter || d >= p.waits.patience-p.paused-p.unpaid
+	return !p.over
 }
 
 // heard keeps what the registry said.
@@ -86,24 +82,25 @@ func (p *patience) heard(what string) {
 	p.last = what
 }
 
-// gone is the error when nothing is left.
+// gone is the error when the pull is over.
 func (p *patience) gone() error {
-	if p.allows(1) {
+	if p.grants(0) {
 		return nil
+	}
+	return fmt.Errorf("%w: %w", ErrUnavailable, errStall)
+}
+
+// advice goes with the errors of a pull that was given up.
+func (p *patience) advice() string {
+	if p.grants(0) {
+		return ""
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.last == "" {
-		return fmt.Errorf("%w: too little came for too long", ErrUnavailable)
+	said := ""
+	if p.last != "" {
+		said = "; the last that it said: " + p.last
 	}
-	return fmt.Errorf("%w: the last that it said: %s", ErrUnavailable, p.last)
-}
-
-// advice is for the errors of a pull that was given up.
-func (p *patience) advice() string {
-	if p.allows(1) {
-		return ""
-	}
-	return fmt.Sprintf(" (given up after more than %v of waiting for it in all; pull again later, with credentials where it grants more to those, "+
-		"or set a mirror for it under registries)", p.waits.patience)
+	return fmt.Sprintf(" (a pull waits for a registry %v in all, and for no more than %v at a time%s: pull again later, with credentials where it grants more "+
+		"to those, or set a mirror for it under registries)", p.waits.patience, p.waits.retryAfter, said)
 }

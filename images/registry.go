@@ -137,7 +137,7 @@ func (r *remote) get(ctx context.Context, kind, id, accept string) (body []byte,
 		var cut bool
 		body, mediaType, cut, err = r.getOnce(ctx, kind, id, accept)
 		wait := r.patience.waits.step(try)
-		if !cut || ctx.Err() != nil || try >= blobRetries || !r.patience.allows(wait) {
+		if !cut || ctx.Err() != nil || try >= blobRetries || !r.patience.grants(wait) {
 			return body, mediaType, err
 		}
 		if err := r.patience.pause(ctx, wait); err != nil {
@@ -170,7 +170,7 @@ func (r *remote) getOnce(ctx context.Context, kind, id, accept string) (body []b
 	if len(body) > manifestLimit {
 		return nil, "", false, fmt.Errorf("%w: %s: %s is larger than %d bytes", ErrRefused, r.at, what, manifestLimit)
 	}
-	r.patience.rewarded()
+	r.patience.rewarded(r.patience.waits.least)
 	return body, resp.Header.Get("Content-Type"), false, nil
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"time"
 )
 
 // blobRetries is how often in a row a blob's connection may end without having brought waits.least. What the attempts may
@@ -22,8 +23,9 @@ type blobReader struct {
 	end     context.CancelCauseFunc
 	body    io.ReadCloser // nil: to be opened at off
 	off     int64
-	fresh   int // bytes since the last progress
-	idle    int // attempts since then
+	fresh   int       // bytes since the last progress
+	idle    int       // attempts since then
+	opened  time.Time // the last of them
 	retries int
 }
 
@@ -44,6 +46,7 @@ func (r *remote) blob(ctx context.Context, digest string, size int64) (*blobRead
 // open asks for what is still missing.
 func (b *blobReader) open() error {
 	what := "get blob " + b.digest
+	b.opened = time.Now()
 	req, err := http.NewRequestWithContext(b.ctx, http.MethodGet, b.from.url("blobs", b.digest), nil)
 	if err != nil {
 		return fmt.Errorf("%s: %w", b.from.at, err)
@@ -118,17 +121,20 @@ func (b *blobReader) Read(p []byte) (int, error) {
 
 func (b *blobReader) progress(n int) {
 	b.off += int64(n)
-	if b.fresh += n; b.fresh >= b.from.patience.waits.least || n > 0 && b.off >= b.size {
+	if b.fresh += n; b.fresh >= b.from.patience.waits.least {
 		b.fresh, b.idle = 0, 0
-		b.from.patience.rewarded()
+	}
+	b.from.patience.rewarded(n)
+	if n > 0 && b.off >= b.size {
+		b.from.patience.rewarded(b.from.patience.waits.least)
 	}
 }
 
 // reopen waits and asks for the rest. The transport has its own retries for answers that are errors.
 func (b *blobReader) reopen() error {
 	if b.idle > 0 {
-		wait := b.from.patience.waits.step(b.idle - 1)
-		if !b.from.patience.allows(wait) {
+		wait := b.from.patience.waits.step(b.idle-1) - time.Since(b.opened) // an attempt that took its time was a pause itself
+		if !b.from.patience.grants(wait) {
 			return b.from.failed("get blob "+b.digest, b.from.patience.gone())
 		}
 		if err := b.from.patience.pause(b.ctx, wait); err != nil {

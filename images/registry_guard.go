@@ -13,8 +13,8 @@ import (
 // handshakeLimit bounds the answer to the handshake, which is read to its end and not looked at.
 const handshakeLimit = 64 << 10
 
-// errStall is the cause of a request that was given up because nothing came any more.
-var errStall = errors.New("no data received for too long")
+// errStall is the cause of a request that was given up because nothing came any more, or hardly anything.
+var errStall = errors.New("too little came for too long")
 
 // guard ends requests whose answer stops coming, whoever reads it, and counts what is waited. The header's time is bounded
 // by the transport.
@@ -69,12 +69,12 @@ func (s *stallBody) Read(p []byte) (int, error) {
 	s.spent += time.Since(start)
 	if s.got += n; s.got >= s.patience.waits.least {
 		s.spent, s.got = 0, 0
+		if err == nil { // it may all be what was had before
+			err = s.patience.gone()
+		}
 	}
 	if cause := context.Cause(s.ctx); cause != nil && err != nil && !errors.Is(err, io.EOF) {
 		err = errors.Join(err, cause)
-	}
-	if err == nil {
-		err = s.patience.gone()
 	}
 	return n, err
 }

@@ -158,15 +158,15 @@ func (r *retrier) RoundTrip(req *http.Request) (*http.Response, error) {
 		if !again || try >= r.retries || req.Body != nil && req.GetBody == nil {
 			return resp, err
 		}
-		wait, after := r.patience.waits.step(try), time.Duration(0)
+		wait := r.patience.waits.step(try)
 		if resp != nil {
-			after = retryAfter(resp.Header)
+			after := retryAfter(resp.Header)
 			wait = max(wait, after)
 			r.patience.heard(busyText(resp.StatusCode, after))
 		} else {
 			r.patience.heard(describe(err))
 		}
-		if after > r.patience.waits.retryAfter || !r.patience.allows(wait) {
+		if !r.patience.grants(wait) {
 			return resp, err
 		}
 		if resp != nil {
