@@ -46,6 +46,7 @@ func TestASlowRegistryHoldsUpNobodyElse(t *testing.T) {
 	fast.push(t, "app:1", imageOf(t, shared, gzipLayer(t, file("own", "x"))))
 
 	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
 	pulled := make(chan error, 1)
 	go func() {
 		_, err := s.Pull(ctx, slow.host+"/app:1", nil)
