@@ -14,7 +14,7 @@ import (
 // Pull fetches an image and returns it when it is whole and can be mounted. It always asks the registry, so that
 // a tag that moved is noticed and credentials are checked, but fetches only layers that are not here. Pulls of one
 // reference with the same credentials share the work; a pull that fails or is cancelled leaves only whole layers,
-// for as long as another pull needs them. It takes as long as it makes progress; ctx bounds it.
+// for as long as another pull needs them. It takes as long as it makes progress (see patience); ctx bounds it.
 func (s *Store) Pull(ctx context.Context, name string, auth *Auth) (Image, error) {
 	ref, err := parseReference(name)
 	if err != nil {
