@@ -51,7 +51,7 @@ func chain(mediaType string, docs ...string) *tagged {
 	return d
 }
 
-// classes are those of an error by which callers tell what went wrong.
+// hasClass: callers can tell what went wrong.
 func hasClass(err error) bool { return status.Code(grpcError(err)) != codes.Unknown }
 
 // FuzzDocuments feeds an index, an index in it, a manifest and a configuration to what reads them. What it takes has what
@@ -66,6 +66,7 @@ func FuzzDocuments(f *testing.F) {
 	f.Add("", index, index, manifest, config)
 	f.Add("application/vnd.docker.distribution.manifest.list.v2+json", strings.ReplaceAll(index, platform, `"annotations":{}`), "", docker, config)
 	f.Add("text/plain", `{"schemaVersion":1}`, `[]`, manifest, `null`)
+	f.Add("", index, index, manifest, "") // nothing is the end of a file to the reader, and a refusal to the caller
 	f.Add("", "", "", strings.ReplaceAll(manifest, layer, layer+","+layer), strings.ReplaceAll(config, `"rootfs"`, `"variant":"v8","rootfs"`))
 	s := openStore(f, Config{})
 	f.Fuzz(func(t *testing.T, mediaType, outer, inner, manifest, config string) {
