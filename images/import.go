@@ -243,7 +243,7 @@ func (a *archive) dockerImage(d dockerEntry) (*archived, error) {
 	if err != nil {
 		return nil, err
 	}
-	file, err := v1.ParseConfigFile(bytes.NewReader(config))
+	file, err := parseConfig(config)
 	if err != nil {
 		return nil, fmt.Errorf("%w: image configuration %s: %w", ErrInvalid, d.Config, err)
 	}
