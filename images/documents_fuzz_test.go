@@ -66,7 +66,7 @@ func FuzzDocuments(f *testing.F) {
 	f.Add("", index, index, manifest, config)
 	f.Add("application/vnd.docker.distribution.manifest.list.v2+json", strings.ReplaceAll(index, platform, `"annotations":{}`), "", docker, config)
 	f.Add("text/plain", `{"schemaVersion":1}`, `[]`, manifest, `null`)
-	f.Add("", index, index, manifest, "") // nothing is the end of a file to the reader, and a refusal to the caller
+	f.Add("", index, index, manifest, "")          // nothing is the end of a file to the reader, and a refusal to the caller
 	f.Add("", index, index, manifest, config+"00") // it was taken, and could not be shown
 	f.Add("", "", "", strings.ReplaceAll(manifest, layer, layer+","+layer), strings.ReplaceAll(config, `"rootfs"`, `"variant":"v8","rootfs"`))
 	s := openStore(f, Config{})
