@@ -129,7 +129,7 @@ func (a *archive) index(ctx context.Context, maxEntries int) error {
 			return context.Cause(ctx)
 		}
 		if n > maxEntries {
-			return tooManyEntries(maxEntries)
+			return tooManyEntries(int64(maxEntries))
 		}
 		if len(h.Name) >= maxPath || len(h.Linkname) >= maxPath {
 			continue // nothing of either format has such a name

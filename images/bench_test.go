@@ -117,7 +117,7 @@ func BenchmarkReplacedDirectories(b *testing.B) {
 	raw := archiveOf(b, entries...)
 	s := openStore(b, Config{})
 	for b.Loop() {
-		if _, err := s.unpackLayer(context.Background(), b.TempDir(), layerWant{DiffID: sum(raw), Size: -1}, bytes.NewReader(raw)); err != nil {
+		if _, err := s.unpackLayer(context.Background(), b.TempDir(), layerWant{DiffID: sum(raw), Size: -1}, s.newRoom(), bytes.NewReader(raw)); err != nil {
 			b.Fatal(err)
 		}
 	}

@@ -21,9 +21,10 @@ type Config struct {
 	// $DOCKER_CONFIG, ~/.docker, $REGISTRY_AUTH_FILE, $XDG_RUNTIME_DIR/containers, ~/.config/containers.
 	// The files are read for each pull, so that a login counts at once.
 	DockerConfig string
-	// MaxLayerBytes bounds what one layer may unpack to, against decompression bombs. 0 is DefaultMaxLayerBytes.
+	// MaxLayerBytes bounds what a layer, and all layers of one image that are not here yet together, may unpack to, against
+	// decompression bombs. 0 is DefaultMaxLayerBytes.
 	MaxLayerBytes int64
-	// MaxLayerEntries bounds how many files and directories one layer may have. 0 is DefaultMaxLayerEntries.
+	// MaxLayerEntries bounds how many files and directories they may have. 0 is DefaultMaxLayerEntries.
 	MaxLayerEntries int
 	// RefuseUnmappedIDs makes an image with owners outside this user's id range an error. Otherwise such files
 	// belong to the overflow id 65534 in the containers, and the image's verbose info says so.
@@ -37,7 +38,7 @@ type Config struct {
 // everyRegistry is the key of the section for registries that have none of their own.
 const everyRegistry = "*"
 
-// DefaultMaxLayerBytes is larger than the layers of today's model images, and smaller than most disks.
+// DefaultMaxLayerBytes is larger than most of today's model images, and smaller than most disks.
 const DefaultMaxLayerBytes = 64 << 30
 
 // DefaultMaxLayerEntries is ten times what the largest layers of today have, and a fraction of a disk's inodes.
@@ -48,10 +49,10 @@ type RegistryConfig struct {
 	// Mirrors are asked in this order before the registry itself: "host[:port][/prefix]", or the same after
 	// http:// or https://. Options and credentials of a mirror stand under its own host.
 	Mirrors []string `json:"mirrors,omitempty"`
-	// Insecure allows plain http, and, without a CAFile, https with a certificate that cannot be verified.
-	// Loopback hosts are reached so without being told.
+	// Insecure allows plain http, and, without a CAFile, https with a certificate that cannot be verified: to this host and
+	// port, not to where it leads. Loopback hosts are reached so without being told.
 	Insecure bool `json:"insecure,omitempty"`
-	// CAFile is a PEM file of certificates trusted beside the system's.
+	// CAFile is a PEM file of certificates trusted beside the system's, for the host and for what it leads to.
 	CAFile string `json:"caFile,omitempty"`
 	// Username and Password are used where the CRI request brings no credentials for this host.
 	Username string `json:"username,omitempty"`
@@ -91,12 +92,6 @@ func (c *Config) lookUp(host string) (rc RegistryConfig, ok bool) {
 		}
 	}
 	return RegistryConfig{}, false
-}
-
-// named tells whether host has a section of its own.
-func (c *Config) named(host string) bool {
-	_, ok := c.lookUp(host)
-	return ok
 }
 
 // mirrors are those of the host's own section, even where that has none, else those for every registry.
@@ -157,7 +152,9 @@ type ImageConfig struct {
 type waits struct {
 	dial       time.Duration // for a connection, and for TLS on it
 	header     time.Duration // for the header of an answer
-	stall      time.Duration // less than minProgress for so long: the connection is given up and resumed
+	stall      time.Duration // an answer that brings less than least bytes in so much waiting is given up, and resumed elsewhere
+	least      int           // bytes in each stall
+	patience   time.Duration // what waiting may take in all, see patience
 	backoff    time.Duration // before the first retry; doubles
 	maxBackoff time.Duration
 	retryAfter time.Duration // the longest Retry-After that is waited for
@@ -165,5 +162,8 @@ type waits struct {
 	resync     time.Duration // after layers could not be written out
 }
 
-var defaultWaits = waits{dial: 30 * time.Second, header: time.Minute, stall: time.Minute, backoff: 500 * time.Millisecond, maxBackoff: 15 * time.Second, retryAfter: time.Minute,
-	settle: 2 * time.Second, resync: time.Minute}
+// defaultWaits has a least rate of 1.1 KB/s. Three layers that come at once over a mobile line of the worst kind, GPRS at
+// some 40 kbit/s, get 1.7 each; and where each gets less, it is what they get together that counts. A server that trickles
+// is given up, and whoever waits behind it waits for no more than that.
+var defaultWaits = waits{dial: 30 * time.Second, header: time.Minute, stall: time.Minute, least: 64 << 10, patience: 10 * time.Minute,
+	backoff: 500 * time.Millisecond, maxBackoff: 15 * time.Second, retryAfter: time.Minute, settle: 2 * time.Second, resync: time.Minute}

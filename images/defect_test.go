@@ -83,34 +83,34 @@ func TestADefectInAPullIsItsError(t *testing.T) {
 	if err := zw.Close(); err != nil {
 		t.Fatal(err)
 	}
-	blob := func(raw []byte, panics int) openBlob {
-		return func(context.Context) (io.ReadCloser, error) {
+	blob := func(raw []byte, panics int) origin {
+		return origin{open: func(context.Context) (io.ReadCloser, error) {
 			return io.NopCloser(&defective{&oneByOne{bytes.NewReader(raw)}, panics}), nil
-		}
+		}}
 	}
-	for name, places := range map[string]func(layerWant) []openBlob{
-		"in the pull": func(layerWant) []openBlob { panic("on purpose") },
-		"in opening a blob": func(layerWant) []openBlob {
-			return []openBlob{func(context.Context) (io.ReadCloser, error) { panic("on purpose") }}
+	for name, places := range map[string]func(layerWant) []origin{
+		"in the pull": func(layerWant) []origin { panic("on purpose") },
+		"in opening a blob": func(layerWant) []origin {
+			return []origin{{open: func(context.Context) (io.ReadCloser, error) { panic("on purpose") }}}
 		},
-		"in the first read":        func(layerWant) []openBlob { return []openBlob{blob(tarball, 0)} },
-		"in a later read":          func(layerWant) []openBlob { return []openBlob{blob(tarball, 100)} },
-		"beside an open registry":  func(layerWant) []openBlob { return []openBlob{away, blob(tarball, 1)} },
-		"in a decompressor's read": func(layerWant) []openBlob { return []openBlob{blob(zipped.Bytes(), 3)} },
+		"in the first read":        func(layerWant) []origin { return []origin{blob(tarball, 0)} },
+		"in a later read":          func(layerWant) []origin { return []origin{blob(tarball, 100)} },
+		"beside an open registry":  func(layerWant) []origin { return []origin{{open: away}, blob(tarball, 1)} },
+		"in a decompressor's read": func(layerWant) []origin { return []origin{blob(zipped.Bytes(), 3)} },
 	} {
 		t.Run(name, func(t *testing.T) {
 			log := &lockedLog{}
 			s := openStore(t, Config{Log: textLog(log)})
 			want := layerWant{DiffID: sum(tarball), Size: -1}
 			checkDefect(t, s.addLayers(context.Background(), []layerWant{want}, places), log)
-			if len(s.fetch.slots) > 0 || len(s.fetch.unpacks.flights) > 0 {
-				t.Errorf("left: %d slots, flights %v", len(s.fetch.slots), s.fetch.unpacks.flights)
+			if s.fetch.slots.busy() || len(s.fetch.slots.hosts) > 0 || len(s.fetch.unpacks.flights) > 0 {
+				t.Errorf("left: slots %v, flights %v", s.fetch.slots.hosts, s.fetch.unpacks.flights)
 			}
 			if left, err := os.ReadDir(s.path("tmp")); err != nil || len(left) > 0 {
 				t.Errorf("left: %v, %v", left, err)
 			}
 			// The next one is served.
-			err := s.addLayers(context.Background(), []layerWant{want}, func(layerWant) []openBlob { return []openBlob{blob(tarball, 1<<30)} })
+			err := s.addLayers(context.Background(), []layerWant{want}, func(layerWant) []origin { return []origin{blob(tarball, 1<<30)} })
 			if err != nil || s.index.layer(want.DiffID) == nil {
 				t.Errorf("the next pull: %v", err)
 			}
@@ -137,7 +137,7 @@ func TestADefectInUnpackingIsItsError(t *testing.T) {
 		t.Fatal(err)
 	}
 	raw := archiveOf(t, file("a", "x"))
-	_, err := s.unpackLayer(defectiveContext{context.Background()}, dir, layerWant{DiffID: sum(raw), Size: -1}, bytes.NewReader(raw))
+	_, err := s.unpackLayer(defectiveContext{context.Background()}, dir, layerWant{DiffID: sum(raw), Size: -1}, s.newRoom(), bytes.NewReader(raw))
 	checkDefect(t, err, log)
 }
 

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"strings"
 	"syscall"
 
@@ -63,7 +62,7 @@ var grpcCodes = []struct {
 // grpcError gives err the status code that CRI clients act on. The kubelet tells a registry that is away from
 // other failures by the prefix of the message (k8s.io/cri-api/pkg/errors).
 func grpcError(err error) error {
-	if err == nil || errors.Is(err, io.EOF) {
+	if err == nil {
 		return err
 	}
 	if _, ok := status.FromError(err); ok {

@@ -1,6 +1,7 @@
 package images
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -274,5 +275,58 @@ func TestReplacedDirectories(t *testing.T) {
 	}
 	if raw, err := json.Marshal(rec); err != nil || len(raw) > 4096 {
 		t.Errorf("a record of %d bytes, %v", len(raw), err)
+	}
+}
+
+// TestAnImageIsLimitedAsAWhole: layers that would each do are refused together, with nothing left; what is here already, and
+// an attempt that failed, takes nothing of the limit.
+func TestAnImageIsLimitedAsAWhole(t *testing.T) {
+	h, s := newHub(t), openStore(t, Config{MaxLayerBytes: 4 << 20, MaxLayerEntries: 250})
+	large := func(name string) *testLayer { return gzipLayer(t, file(name, strings.Repeat("\x00", 3<<19))) }
+	many := func(name string) *testLayer {
+		var entries []entry
+		for i := range 100 {
+			entries = append(entries, file(fmt.Sprint(name, i), ""))
+		}
+		return gzipLayer(t, entries...)
+	}
+	hole := func(name string) *testLayer {
+		return compressLayer(t, "", append(archiveOf(t, file(name, ""))[:512], sparseArchive(3<<19)...))
+	}
+	for tag, c := range map[string]struct {
+		layer func(string) *testLayer
+		key   string
+	}{"bytes": {large, "images.maxLayerBytes"}, "holes": {hole, "images.maxLayerBytes"}, "entries": {many, "images.maxLayerEntries"}} {
+		h.push(t, tag+":1", imageOf(t, c.layer("a"), c.layer("b"), c.layer("c")))
+		refusedPull(t, s, h.host+"/"+tag+":1", codes.FailedPrecondition, c.key)
+	}
+	// By their own account, before anything is fetched.
+	h.push(t, "large:1", imageOf(t, layerOf(t, "", file("d", noise(3<<20))), layerOf(t, "", file("e", noise(2<<20)))))
+	h.intercept(nil)
+	refusedPull(t, s, h.host+"/large:1", codes.FailedPrecondition, "images.maxLayerBytes")
+	if got := h.seen("/blobs/"); len(got) != 1 {
+		t.Errorf("more than the configuration was fetched: %v", got)
+	}
+
+	h.push(t, "two:1", imageOf(t, large("a"), large("b")))
+	h.push(t, "four:1", imageOf(t, large("a"), large("b"), large("c"), large("d")))
+	pull(t, s, h.host+"/two:1")
+	pull(t, s, h.host+"/four:1")
+
+	within, l := s.newRoom(), large("e")
+	for range 3 {
+		bad := layerWant{DiffID: sum(nil), Digest: sum(l.blob), Size: int64(len(l.blob))}
+		if _, err := s.unpackLayer(context.Background(), t.TempDir(), bad, within, bytes.NewReader(l.blob)); !errors.Is(err, ErrDigest) {
+			t.Errorf("error = %v", err)
+		}
+	}
+	if within.stream.Load() != 0 || within.content.Load() != 0 || within.entries.Load() != 0 {
+		t.Error("what failed is still counted")
+	}
+	if _, err := s.unpackLayer(context.Background(), t.TempDir(), layerWant{DiffID: l.diffID, Size: -1}, within, bytes.NewReader(l.blob)); err != nil {
+		t.Error(err)
+	}
+	if within.stream.Load() == 0 || within.content.Load() == 0 || within.entries.Load() != 1 {
+		t.Error("what is there is not counted")
 	}
 }

@@ -89,14 +89,14 @@ func (s *Store) addArchived(ctx context.Context, a *archive, one *archived) (*im
 			names = append(names, d)
 		}
 	}
-	rec, err := s.addImage(ctx, one.img, names, func(l layerWant) []openBlob {
-		return []openBlob{func(context.Context) (io.ReadCloser, error) {
+	rec, err := s.addImage(ctx, one.img, names, func(l layerWant) []origin {
+		return []origin{{open: func(context.Context) (io.ReadCloser, error) {
 			section, err := a.open(one.blobs[l.DiffID])
 			if err != nil {
 				return nil, err
 			}
 			return io.NopCloser(section), nil
-		}}
+		}}}
 	})
 	if err != nil {
 		return nil, err
@@ -243,7 +243,7 @@ func (a *archive) dockerImage(d dockerEntry) (*archived, error) {
 	if err != nil {
 		return nil, err
 	}
-	file, err := v1.ParseConfigFile(bytes.NewReader(config))
+	file, err := parseConfig(config)
 	if err != nil {
 		return nil, fmt.Errorf("%w: image configuration %s: %w", ErrInvalid, d.Config, err)
 	}

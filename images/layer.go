@@ -13,19 +13,26 @@ import (
 	"github.com/coracle-cri/coracle/e2e/crash"
 )
 
-// openBlob opens a layer's blob from one of the places that have it.
-type openBlob func(ctx context.Context) (io.ReadCloser, error)
+// origin is one of the places that have a layer's blob.
+type origin struct {
+	host string // the registry or mirror; "" is this machine
+	open func(ctx context.Context) (io.ReadCloser, error)
+}
 
 // ensureLayer makes sure that the layer is in the store, trying each place in turn. The caller has pinned the
 // layer. However many pulls want it, it is fetched and unpacked once; where the pull that did the work failed
 // (its credentials may have been worse), those that waited try by themselves.
-func (s *Store) ensureLayer(ctx context.Context, want layerWant, places []openBlob) error {
+//
+// Only pulls from the same place share the work: what a layer unpacks to is what the configuration of an image claims, and
+// one that claims another's layer and then takes its time is not to hold up the other.
+func (s *Store) ensureLayer(ctx context.Context, want layerWant, within *room, places []origin) error {
+	key := want.DiffID + " " + places[0].host
 	for {
 		if s.index.layer(want.DiffID) != nil {
 			return nil
 		}
-		_, joined, err := s.fetch.unpacks.do(ctx, want.DiffID, func(ctx context.Context) (struct{}, error) {
-			return struct{}{}, s.addLayer(ctx, want, places)
+		_, joined, err := s.fetch.unpacks.do(ctx, key, func(ctx context.Context) (struct{}, error) {
+			return struct{}{}, s.addLayer(ctx, want, within, places)
 		})
 		if err == nil || !joined || ctx.Err() != nil {
 			return err
@@ -34,25 +41,10 @@ func (s *Store) ensureLayer(ctx context.Context, want layerWant, places []openBl
 }
 
 // addLayer fetches and unpacks one layer, and puts it in its place.
-func (s *Store) addLayer(ctx context.Context, want layerWant, places []openBlob) error {
-	select {
-	case s.fetch.slots <- struct{}{}:
-		defer func() {
-			<-s.fetch.slots
-			s.wake()
-		}()
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
-	if s.index.layer(want.DiffID) != nil {
-		return nil
-	}
-	if want.Size > s.cfg.MaxLayerBytes {
-		return fmt.Errorf("layer %s: blob of %d bytes: %w", want.Digest, want.Size, tooManyBytes(s.cfg.MaxLayerBytes))
-	}
+func (s *Store) addLayer(ctx context.Context, want layerWant, within *room, places []origin) error {
 	var errs []error
-	for _, open := range places {
-		err := s.addLayerFrom(ctx, want, open)
+	for _, from := range places {
+		err := s.addLayerFrom(ctx, want, within, from)
 		if err == nil {
 			return nil
 		}
@@ -65,8 +57,17 @@ func (s *Store) addLayer(ctx context.Context, want layerWant, places []openBlob)
 	return fmt.Errorf("layer %s: %w", want.Digest, errors.Join(errs...))
 }
 
-func (s *Store) addLayerFrom(ctx context.Context, want layerWant, open openBlob) (err error) {
-	blob, err := open(ctx)
+func (s *Store) addLayerFrom(ctx context.Context, want layerWant, within *room, from origin) error {
+	release, err := s.fetch.slots.take(ctx, from.host)
+	if err != nil {
+		return err
+	}
+	defer s.wake()
+	defer release()
+	if s.index.layer(want.DiffID) != nil {
+		return nil
+	}
+	blob, err := from.open(ctx)
 	if err != nil {
 		return err
 	}
@@ -76,14 +77,14 @@ func (s *Store) addLayerFrom(ctx context.Context, want layerWant, open openBlob)
 		return err
 	}
 	u := undo{func() error { return os.RemoveAll(dir) }}
-	rec, err := s.unpackLayer(ctx, dir, want, blob)
+	rec, err := s.unpackLayer(ctx, dir, want, within, blob)
 	if err != nil {
 		return u.run(s.full(err))
 	}
 	crash.Point("images/layer-unpacked")
 	// Not synced: the record goes the way of the layer that it describes (see sync.go).
 	if err := writeUnsynced(filepath.Join(dir, "layer.json"), rec); err != nil {
-		return u.run(err)
+		return u.run(s.full(err))
 	}
 	crash.Point("images/layer-recorded")
 	placed := false

@@ -332,7 +332,7 @@ func digestOfImage(t testing.TB, img interface{ Digest() (v1.Hash, error) }) str
 	return d.String()
 }
 
-var fastWaits = waits{dial: 10 * time.Second, header: 10 * time.Second, stall: 300 * time.Millisecond, backoff: time.Millisecond, maxBackoff: 10 * time.Millisecond, retryAfter: 2 * time.Second,
+var fastWaits = waits{dial: 10 * time.Second, header: 10 * time.Second, stall: 300 * time.Millisecond, least: 4 << 10, patience: time.Minute, backoff: time.Millisecond, maxBackoff: 10 * time.Millisecond, retryAfter: 2 * time.Second,
 	settle: 10 * time.Millisecond, resync: 20 * time.Millisecond}
 
 // openStore opens a store in a fresh directory, which the test's end checks to hold nothing that it should not.

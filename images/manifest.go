@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"strings"
 
@@ -158,13 +159,21 @@ func (r *resolved) read(ctx context.Context, docs documents, raw []byte) error {
 		return fmt.Errorf("%w: image configuration %s: want a sha256 digest", ErrRefused, m.Config.Digest)
 	}
 	r.id, r.annotations = m.Config.Digest.String(), m.Annotations
-	if r.config, err = v1.ParseConfigFile(bytes.NewReader(r.configBytes)); err != nil {
+	if r.config, err = parseConfig(r.configBytes); err != nil {
 		return fmt.Errorf("%w: image configuration %s: %w", ErrRefused, r.id, err)
 	}
 	if err := r.checkSizes(); err != nil {
 		return err
 	}
 	return r.pairLayers(m.Layers)
+}
+
+// parseConfig reads an image's configuration, which must be one JSON document and no more: it is kept and shown as it came.
+func parseConfig(raw []byte) (*v1.ConfigFile, error) {
+	if !json.Valid(raw) {
+		return nil, errors.New("it is not JSON")
+	}
+	return v1.ParseConfigFile(bytes.NewReader(raw))
 }
 
 // What a list of images tells of each, and one image must not make the list too long for gRPC.

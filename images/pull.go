@@ -14,7 +14,7 @@ import (
 // Pull fetches an image and returns it when it is whole and can be mounted. It always asks the registry, so that
 // a tag that moved is noticed and credentials are checked, but fetches only layers that are not here. Pulls of one
 // reference with the same credentials share the work; a pull that fails or is cancelled leaves only whole layers,
-// for as long as another pull needs them. It takes as long as it makes progress; ctx bounds it.
+// for as long as another pull needs them. It takes as long as it makes progress (see patience); ctx bounds it.
 func (s *Store) Pull(ctx context.Context, name string, auth *Auth) (Image, error) {
 	ref, err := parseReference(name)
 	if err != nil {
@@ -56,6 +56,9 @@ func (s *Store) pull(ctx context.Context, ref reference, auth *Auth) (*imageReco
 		return nil, err
 	}
 	src := &source{store: s, ref: ref, auth: auth, endpoints: at}
+	for range at {
+		src.patience = append(src.patience, &patience{waits: s.cfg.waits})
+	}
 	img, err := src.resolve(ctx)
 	if err != nil {
 		return nil, err
@@ -75,7 +78,7 @@ func (s *Store) pull(ctx context.Context, ref reference, auth *Auth) (*imageReco
 
 // addImage brings in an image's layers and then writes its record. names are the canonical names by tag and by
 // digest that it has from now on. places tells where a layer's blob can be had.
-func (s *Store) addImage(ctx context.Context, img *resolved, names []string, places func(layerWant) []openBlob) (*imageRecord, error) {
+func (s *Store) addImage(ctx context.Context, img *resolved, names []string, places func(layerWant) []origin) (*imageRecord, error) {
 	diffIDs := make([]string, 0, len(img.layers))
 	for _, l := range img.layers {
 		diffIDs = append(diffIDs, l.DiffID)
@@ -88,7 +91,7 @@ func (s *Store) addImage(ctx context.Context, img *resolved, names []string, pla
 	return rec, nil
 }
 
-func (s *Store) addPinned(ctx context.Context, img *resolved, diffIDs, names []string, places func(layerWant) []openBlob) (*imageRecord, error) {
+func (s *Store) addPinned(ctx context.Context, img *resolved, diffIDs, names []string, places func(layerWant) []origin) (*imageRecord, error) {
 	defer s.index.pin(append([]string{fixPin(img.id)}, diffIDs...))()
 	if err := s.addLayers(ctx, img.layers, places); err != nil {
 		return nil, err
@@ -118,16 +121,20 @@ func (s *Store) addPinned(ctx context.Context, img *resolved, diffIDs, names []s
 
 // addLayers brings in the layers, the largest first: it is what the whole waits for. The first failure ends the
 // others.
-func (s *Store) addLayers(ctx context.Context, layers []layerWant, places func(layerWant) []openBlob) error {
+func (s *Store) addLayers(ctx context.Context, layers []layerWant, places func(layerWant) []origin) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	order := slices.Clone(layers)
 	slices.SortStableFunc(order, func(a, b layerWant) int { return cmp.Compare(b.Size, a.Size) })
 	order = slices.CompactFunc(order, func(a, b layerWant) bool { return a.DiffID == b.DiffID })
+	within, err := s.roomFor(order)
+	if err != nil {
+		return err
+	}
 	results := make(chan error, len(order))
 	for _, l := range order {
 		go func() {
-			err := guarded(s.log, func() error { return s.ensureLayer(ctx, l, places(l)) })
+			err := guarded(s.log, func() error { return s.ensureLayer(ctx, l, within, places(l)) })
 			if err != nil {
 				cancel()
 			}
@@ -150,7 +157,8 @@ type source struct {
 	ref       reference
 	auth      *Auth
 	endpoints []endpoint
-	used      int // index of the endpoint that gave the manifest
+	patience  []*patience // with each of them
+	used      int         // index of the endpoint that gave the manifest
 	remote    *remote
 }
 
@@ -161,7 +169,7 @@ func (c *source) connect(ctx context.Context, i int) (*remote, error) {
 	if i < len(c.endpoints)-1 {
 		retries = mirrorRetries
 	}
-	return c.store.connect(ctx, c.endpoints[i], c.auth, retries)
+	return c.store.connect(ctx, c.endpoints[i], c.auth, retries, c.patience[i])
 }
 
 // resolve asks the endpoints in order. The error is of the class of the last, which is the registry itself.
@@ -192,10 +200,10 @@ func (c *source) resolve(ctx context.Context) (*resolved, error) {
 }
 
 // places lists who may have a layer's blob: whoever had the manifest, then those after.
-func (c *source) places(l layerWant) []openBlob {
-	var out []openBlob
+func (c *source) places(l layerWant) []origin {
+	var out []origin
 	for i := c.used; i < len(c.endpoints); i++ {
-		out = append(out, func(ctx context.Context) (io.ReadCloser, error) {
+		out = append(out, origin{host: c.endpoints[i].host, open: func(ctx context.Context) (io.ReadCloser, error) {
 			r := c.remote
 			if i != c.used {
 				var err error
@@ -204,7 +212,7 @@ func (c *source) places(l layerWant) []openBlob {
 				}
 			}
 			return r.blob(ctx, l.Digest, l.Size)
-		})
+		}})
 	}
 	return out
 }

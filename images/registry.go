@@ -78,17 +78,17 @@ func (c *Config) endpoints(ref reference) ([]endpoint, error) {
 
 // remote talks to one repository at one endpoint. It is safe for concurrent use.
 type remote struct {
-	at     endpoint
-	base   *url.URL // scheme and host, as the handshake found them
-	client *http.Client
-	waits  waits
-	secret *scrubber
-	note   string // what was wrong with the user's credentials files
+	at       endpoint
+	base     *url.URL // scheme and host, as the handshake found them
+	client   *http.Client
+	patience *patience
+	secret   *scrubber
+	note     string // what was wrong with the user's credentials files
 }
 
 // connect does the registry's handshake: which scheme it answers on, which authentication it wants, and a token
-// where it gives those out.
-func (s *Store) connect(ctx context.Context, at endpoint, auth *Auth, retries int) (*remote, error) {
+// where it gives those out. Who pulls once from one endpoint has one patience with it.
+func (s *Store) connect(ctx context.Context, at endpoint, auth *Auth, retries int, p *patience) (*remote, error) {
 	opts := []name.Option{name.StrictValidation}
 	if at.insecure {
 		opts = append(opts, name.Insecure)
@@ -102,13 +102,12 @@ func (s *Store) connect(ctx context.Context, at endpoint, auth *Auth, retries in
 	if err != nil {
 		return nil, err
 	}
-	r := &remote{at: at, waits: s.cfg.waits, secret: newScrubber(creds), note: helperNote}
-	base, err := s.fetch.transports.get(at)
-	if err != nil {
+	r := &remote{at: at, patience: p, secret: newScrubber(creds), note: helperNote}
+	if _, err := s.fetch.transports.get(at); err != nil { // a caFile that cannot be read is told as such
 		return nil, err
 	}
-	guarded := &guard{next: base, limit: s.cfg.waits.stall}
-	inner := &retrier{next: &witness{next: &schemeGuard{next: guarded, insecure: at.insecure}, secret: r.secret}, waits: s.cfg.waits, retries: retries}
+	guarded := &guard{next: &trust{pool: &s.fetch.transports, at: at}, patience: p}
+	inner := &retrier{next: &witness{next: guarded, secret: r.secret}, patience: p, retries: retries}
 	rt, err := transport.NewWithContext(ctx, repo.Registry, authn.FromConfig(creds), inner, []string{repo.Scope(transport.PullScope)})
 	if err != nil {
 		if classify(err) == nil { // a handshake that makes no sense
@@ -137,10 +136,11 @@ func (r *remote) get(ctx context.Context, kind, id, accept string) (body []byte,
 	for try := 0; ; try++ {
 		var cut bool
 		body, mediaType, cut, err = r.getOnce(ctx, kind, id, accept)
-		if !cut || ctx.Err() != nil || try >= blobRetries {
+		wait := r.patience.waits.step(try)
+		if !cut || ctx.Err() != nil || try >= blobRetries || !r.patience.grants(wait) {
 			return body, mediaType, err
 		}
-		if err := sleep(ctx, r.waits.step(try)); err != nil {
+		if err := r.patience.pause(ctx, wait); err != nil {
 			return nil, "", err
 		}
 	}
@@ -170,6 +170,7 @@ func (r *remote) getOnce(ctx context.Context, kind, id, accept string) (body []b
 	if len(body) > manifestLimit {
 		return nil, "", false, fmt.Errorf("%w: %s: %s is larger than %d bytes", ErrRefused, r.at, what, manifestLimit)
 	}
+	r.patience.rewarded(r.patience.waits.least)
 	return body, resp.Header.Get("Content-Type"), false, nil
 }
 
@@ -196,6 +197,9 @@ func (r *remote) failed(what string, err error) error {
 	class, text := classify(err), describe(err)
 	if errors.Is(class, ErrDenied) && r.note != "" {
 		text += " (" + r.note + ")"
+	}
+	if errors.Is(class, ErrUnavailable) {
+		text += r.patience.advice()
 	}
 	text = r.secret.clean(text)
 	if class == nil {

@@ -6,14 +6,12 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"time"
 )
 
-const (
-	// blobRetries is how often in a row a blob's connection may end without having brought minProgress.
-	blobRetries = 5
-	// maxOpens is how often one blob is asked for in all.
-	maxOpens = 1000
-)
+// blobRetries is how often in a row a blob's connection may end without having brought waits.least. What the attempts may
+// take in all is a matter of patience.
+const blobRetries = 5
 
 // blobReader reads a blob from a registry and goes on where it was when the connection is cut. It is used by one
 // reader; Abort may be called from another goroutine.
@@ -25,9 +23,9 @@ type blobReader struct {
 	end     context.CancelCauseFunc
 	body    io.ReadCloser // nil: to be opened at off
 	off     int64
-	fresh   int64 // bytes since the last progress
-	idle    int   // attempts since then
-	opens   int
+	fresh   int       // bytes since the last progress
+	idle    int       // attempts since then
+	opened  time.Time // the last of them
 	retries int
 }
 
@@ -48,7 +46,7 @@ func (r *remote) blob(ctx context.Context, digest string, size int64) (*blobRead
 // open asks for what is still missing.
 func (b *blobReader) open() error {
 	what := "get blob " + b.digest
-	b.opens++
+	b.opened = time.Now()
 	req, err := http.NewRequestWithContext(b.ctx, http.MethodGet, b.from.url("blobs", b.digest), nil)
 	if err != nil {
 		return fmt.Errorf("%s: %w", b.from.at, err)
@@ -93,17 +91,14 @@ func (b *blobReader) Read(p []byte) (int, error) {
 	for {
 		if b.body == nil {
 			if err := b.reopen(); err != nil {
-				if b.off > 0 && b.idle < b.retries && b.ctx.Err() == nil && errors.Is(err, ErrUnavailable) {
+				if b.off > 0 && b.idle < b.retries && b.ctx.Err() == nil && errors.Is(err, ErrUnavailable) && b.from.patience.gone() == nil {
 					continue // it was there a moment ago
 				}
 				return 0, err
 			}
 		}
 		n, err := b.body.Read(p)
-		b.off += int64(n)
-		if b.fresh += int64(n); b.fresh >= minProgress {
-			b.fresh, b.idle = 0, 0
-		}
+		b.progress(n)
 		switch {
 		case err == nil, err == io.EOF && b.off >= b.size:
 			return n, err
@@ -115,7 +110,7 @@ func (b *blobReader) Read(p []byte) (int, error) {
 			err = io.ErrUnexpectedEOF
 		}
 		b.drop()
-		if b.idle >= b.retries || b.opens >= maxOpens {
+		if b.idle >= b.retries || b.from.patience.gone() != nil {
 			return n, b.from.failed(fmt.Sprintf("get blob %s: cut after %d of %d bytes", b.digest, b.off, b.size), err)
 		}
 		if n > 0 {
@@ -124,10 +119,25 @@ func (b *blobReader) Read(p []byte) (int, error) {
 	}
 }
 
+func (b *blobReader) progress(n int) {
+	b.off += int64(n)
+	if b.fresh += n; b.fresh >= b.from.patience.waits.least {
+		b.fresh, b.idle = 0, 0
+	}
+	b.from.patience.rewarded(n)
+	if n > 0 && b.off >= b.size {
+		b.from.patience.rewarded(b.from.patience.waits.least)
+	}
+}
+
 // reopen waits and asks for the rest. The transport has its own retries for answers that are errors.
 func (b *blobReader) reopen() error {
 	if b.idle > 0 {
-		if err := sleep(b.ctx, b.from.waits.step(b.idle-1)); err != nil {
+		wait := b.from.patience.waits.step(b.idle-1) - time.Since(b.opened) // an attempt that took its time was a pause itself
+		if !b.from.patience.grants(wait) {
+			return b.from.failed("get blob "+b.digest, b.from.patience.gone())
+		}
+		if err := b.from.patience.pause(b.ctx, wait); err != nil {
 			return err
 		}
 	}

@@ -10,26 +10,27 @@ import (
 	"time"
 )
 
-const (
-	// minProgress is how many bytes an answer has to bring in each waits.stall that is spent waiting for it: less is a
-	// server that holds on to us, or a line that another attempt may find better.
-	minProgress = 4 << 10
-	// handshakeLimit bounds the answer to the handshake, which is read to its end and not looked at.
-	handshakeLimit = 64 << 10
-)
+// handshakeLimit bounds the answer to the handshake, which is read to its end and not looked at.
+const handshakeLimit = 64 << 10
 
-// errStall is the cause of a request that was given up because nothing came any more.
-var errStall = errors.New("no data received for too long")
+// errStall is the cause of a request that was given up because nothing came any more, or hardly anything.
+var errStall = errors.New("too little came for too long")
 
-// guard ends requests whose answer stops coming, whoever reads it. The header's time is bounded by the transport.
+// guard ends requests whose answer stops coming, whoever reads it, and counts what is waited. The header's time is bounded
+// by the transport.
 type guard struct {
-	next  http.RoundTripper
-	limit time.Duration
+	next     http.RoundTripper
+	patience *patience
 }
 
 func (g *guard) RoundTrip(req *http.Request) (*http.Response, error) {
+	if err := g.patience.gone(); err != nil {
+		return nil, err
+	}
 	ctx, cancel := context.WithCancelCause(req.Context())
+	done := g.patience.await()
 	resp, err := g.next.RoundTrip(req.WithContext(ctx))
+	done()
 	if err != nil {
 		// The transport's own limits look like the caller's deadline (net.Error, net/http), and are none.
 		if errors.Is(err, context.DeadlineExceeded) && req.Context().Err() == nil {
@@ -38,7 +39,7 @@ func (g *guard) RoundTrip(req *http.Request) (*http.Response, error) {
 		cancel(nil)
 		return nil, err
 	}
-	body := &stallBody{body: resp.Body, r: resp.Body, limit: g.limit, ctx: ctx, cancel: cancel}
+	body := &stallBody{body: resp.Body, r: resp.Body, patience: g.patience, ctx: ctx, cancel: cancel}
 	if strings.HasSuffix(req.URL.Path, "/v2/") {
 		body.r = io.LimitReader(resp.Body, handshakeLimit)
 	}
@@ -46,26 +47,31 @@ func (g *guard) RoundTrip(req *http.Request) (*http.Response, error) {
 	return resp, nil
 }
 
-// stallBody cancels its request where less than minProgress comes. Only the time spent waiting in Read counts: a reader
+// stallBody cancels its request where less than waits.least comes in waits.stall: a server that holds on to us, or a line
+// that another attempt may find better. Only the time spent waiting in Read counts: a reader
 // that is slow itself, since the disk is, does not.
 type stallBody struct {
-	body   io.Closer
-	r      io.Reader
-	limit  time.Duration
-	ctx    context.Context
-	cancel context.CancelCauseFunc
-	spent  time.Duration // since the last progress
-	got    int           // since then
+	body     io.Closer
+	r        io.Reader
+	patience *patience
+	ctx      context.Context
+	cancel   context.CancelCauseFunc
+	spent    time.Duration // since the last progress
+	got      int           // since then
 }
 
 func (s *stallBody) Read(p []byte) (int, error) {
-	start := time.Now()
-	t := time.AfterFunc(s.limit-s.spent, func() { s.cancel(errStall) })
+	start, done := time.Now(), s.patience.await()
+	t := time.AfterFunc(s.patience.waits.stall-s.spent, func() { s.cancel(errStall) })
 	n, err := s.r.Read(p)
 	t.Stop()
+	done()
 	s.spent += time.Since(start)
-	if s.got += n; s.got >= minProgress {
+	if s.got += n; s.got >= s.patience.waits.least {
 		s.spent, s.got = 0, 0
+		if err == nil { // it may all be what was had before
+			err = s.patience.gone()
+		}
 	}
 	if cause := context.Cause(s.ctx); cause != nil && err != nil && !errors.Is(err, io.EOF) {
 		err = errors.Join(err, cause)

@@ -481,7 +481,7 @@ func TestCancelInTheMiddleOfABomb(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	go func() {
-		for len(s.fetch.slots) == 0 && ctx.Err() == nil {
+		for !s.fetch.slots.busy() && ctx.Err() == nil {
 			time.Sleep(time.Millisecond)
 		}
 		time.Sleep(50 * time.Millisecond)

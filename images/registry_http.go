@@ -26,13 +26,14 @@ const (
 	mirrorRetries   = 1
 )
 
-// transports keeps one connection pool for each way of reaching a host.
+// transports keeps a connection pool for each way in which a registry, and what it leads to, is reached.
 type transports struct {
-	waits waits
-	named func(host string) bool // tells hosts that the configuration has a section for
+	waits  waits
+	lookUp func(host string) (RegistryConfig, bool) // finds a host's own section
 
-	mu   sync.Mutex
-	pool map[endpoint]*http.Transport // keyed without repository
+	mu      sync.Mutex
+	pool    map[endpoint]*http.Transport // keyed without repository
+	reaches map[string]*reach            // by registry host
 }
 
 // get returns the pool for an endpoint; a CA file is read when its pool is made.
@@ -47,7 +48,7 @@ func (t *transports) get(at endpoint) (*http.Transport, error) {
 	if err != nil {
 		return nil, err
 	}
-	reach := newReach(at.host, t.waits.dial, t.named)
+	reach := t.reachLocked(at.host)
 	tr := &http.Transport{
 		Proxy:                  reach.proxy,
 		DialContext:            reach.dial,
@@ -66,6 +67,22 @@ func (t *transports) get(at endpoint) (*http.Transport, error) {
 	}
 	t.pool[key] = tr
 	return tr, nil
+}
+
+// reachLocked returns the one judge of where a registry leads, for all of its pools.
+func (t *transports) reachLocked(host string) *reach {
+	r := t.reaches[host]
+	if r == nil {
+		r = newReach(host, t.waits.dial, func(host string) bool {
+			_, ok := t.lookUp(host)
+			return ok
+		})
+		if t.reaches == nil {
+			t.reaches = map[string]*reach{}
+		}
+		t.reaches[host] = r
+	}
+	return r
 }
 
 func (t *transports) close() {
@@ -126,26 +143,12 @@ func isInside(host string) bool {
 	return err == nil && nearnessOf(ip) != farAway
 }
 
-// schemeGuard keeps requests off plain http, which the handshake would otherwise try for private addresses, and
-// with them credentials.
-type schemeGuard struct {
-	next     http.RoundTripper
-	insecure bool
-}
-
-func (g *schemeGuard) RoundTrip(req *http.Request) (*http.Response, error) {
-	if req.URL.Scheme == "http" && !g.insecure {
-		return nil, fmt.Errorf("%s: plain http is not allowed: set insecure for it in the registries section", req.URL.Host)
-	}
-	return g.next.RoundTrip(req)
-}
-
 // retrier repeats requests that the server or the network failed, waiting longer each time, or as long as the
-// server asks. What the waits add up to is bounded by the request's context and the number of retries.
+// server asks. What the waits add up to is bounded by the patience.
 type retrier struct {
-	next    http.RoundTripper
-	waits   waits
-	retries int
+	next     http.RoundTripper
+	patience *patience
+	retries  int
 }
 
 func (r *retrier) RoundTrip(req *http.Request) (*http.Response, error) {
@@ -155,17 +158,22 @@ func (r *retrier) RoundTrip(req *http.Request) (*http.Response, error) {
 		if !again || try >= r.retries || req.Body != nil && req.GetBody == nil {
 			return resp, err
 		}
-		wait := r.waits.step(try)
+		wait := r.patience.waits.step(try)
 		if resp != nil {
 			after := retryAfter(resp.Header)
-			if after > r.waits.retryAfter {
-				return resp, nil
-			}
 			wait = max(wait, after)
+			r.patience.heard(busyText(resp.StatusCode, after))
+		} else {
+			r.patience.heard(describe(err))
+		}
+		if !r.patience.grants(wait) {
+			return resp, err
+		}
+		if resp != nil {
 			_, _ = io.CopyN(io.Discard, resp.Body, 64<<10) // so that the connection can be used again
 			resp.Body.Close()
 		}
-		if err := sleep(req.Context(), wait); err != nil {
+		if err := r.patience.pause(req.Context(), wait); err != nil {
 			return nil, err
 		}
 		if req.GetBody != nil {
@@ -175,6 +183,14 @@ func (r *retrier) RoundTrip(req *http.Request) (*http.Response, error) {
 			}
 		}
 	}
+}
+
+func busyText(status int, after time.Duration) string {
+	text := fmt.Sprintf("status %d %s", status, http.StatusText(status))
+	if after > 0 {
+		text += fmt.Sprintf(", ask again in %v", after)
+	}
+	return text
 }
 
 // step is the pause before retry number n, with a quarter of jitter so that nodes do not come back in step.

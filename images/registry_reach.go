@@ -53,29 +53,27 @@ type reach struct {
 }
 
 func newReach(host string, timeout time.Duration, named func(string) bool) *reach {
-	r := &reach{timeout: timeout, own: map[string]bool{}, named: named, proxies: map[string]bool{}}
+	return &reach{timeout: timeout, own: ownAddresses(host), named: named, proxies: map[string]bool{}}
+}
+
+// ownAddresses are what a registry host stands for, by host:port.
+func ownAddresses(host string) map[string]bool {
 	if host == dockerHub {
 		host = dockerHubHost
 	}
 	if _, _, err := net.SplitHostPort(host); err == nil {
-		r.own[host] = true
-	} else {
-		host = strings.Trim(host, "[]")
-		r.own[net.JoinHostPort(host, "443")], r.own[net.JoinHostPort(host, "80")] = true, true
+		return map[string]bool{host: true}
 	}
-	return r
+	host = strings.Trim(host, "[]")
+	return map[string]bool{net.JoinHostPort(host, "443"): true, net.JoinHostPort(host, "80"): true}
 }
 
 // proxy is http.ProxyFromEnvironment, and keeps what it says.
 func (r *reach) proxy(req *http.Request) (*url.URL, error) {
 	p, err := http.ProxyFromEnvironment(req)
 	if p != nil {
-		port := p.Port()
-		if port == "" {
-			port = map[string]string{"http": "80", "https": "443", "socks5": "1080", "socks5h": "1080"}[p.Scheme]
-		}
 		r.mu.Lock()
-		r.proxies[net.JoinHostPort(p.Hostname(), port)] = true
+		r.proxies[address(p)] = true
 		r.mu.Unlock()
 	}
 	return p, err
@@ -116,6 +114,9 @@ func (r *reach) check(addr, resolved string) error {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if isLoopback(host) && !ap.Addr().Unmap().IsLoopback() && !r.proxies[addr] {
+		return fmt.Errorf("%w: %s is %s here, which is not this machine", ErrRefused, host, ap.Addr().Unmap())
+	}
 	if r.own[addr] || r.proxies[addr] || nearnessOf(ap.Addr()) <= r.at || r.named(addr) || r.named(host) {
 		return nil
 	}

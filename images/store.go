@@ -44,7 +44,7 @@ type Store struct {
 
 // fetching is what the pulls share.
 type fetching struct {
-	slots      chan struct{} // a token for each layer that is being fetched and unpacked
+	slots      slots
 	transports transports
 	pulls      flightGroup[*imageRecord]
 	unpacks    flightGroup[struct{}]
@@ -88,9 +88,9 @@ func Open(cfg Config) (*Store, error) {
 	}
 	cfg.Root = root
 	s := &Store{cfg: cfg, log: cfg.Log.With("component", "images"), index: newIndex(), meter: newMeter()}
-	s.fetch.transports.waits, s.fetch.transports.named = cfg.waits, s.cfg.named
+	s.fetch.transports.waits, s.fetch.transports.lookUp = cfg.waits, s.cfg.lookUp
 	s.fetch.pulls.log, s.fetch.unpacks.log = s.log, s.log
-	s.fetch.slots = make(chan struct{}, max(3, runtime.GOMAXPROCS(0)))
+	s.fetch.slots.each = max(3, runtime.GOMAXPROCS(0))
 	s.life.kick = make(chan struct{}, 1)
 	if s.lock, err = lockFile(s.path("lock")); err != nil {
 		return nil, err

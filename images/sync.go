@@ -38,13 +38,21 @@ func (s *Store) background(stale []string) {
 			s.log.Warn("stale data cannot be removed", "path", path, "error", err)
 		}
 	}
+	var held time.Time // since when layers wait for a pull to end
 	for {
-		// Not beside a pull: they would only wait for each other.
 		err := sleep(s.life.ctx, s.cfg.waits.settle)
-		if err == nil && len(s.fetch.slots) == 0 {
+		var again <-chan time.Time
+		switch now := time.Now(); {
+		case err == nil && s.fetch.slots.busy() && (held.IsZero() || now.Before(held.Add(s.cfg.waits.resync))):
+			// Not beside a pull: they would only wait for each other. But a pull may take hours.
+			if held.IsZero() {
+				held = now
+			}
+			again = time.After(held.Add(s.cfg.waits.resync).Sub(now))
+		case err == nil:
+			held = time.Time{}
 			err = s.syncLayers()
 		}
-		var again <-chan time.Time
 		if err != nil && s.life.ctx.Err() == nil {
 			s.log.Warn("layers are not on stable storage yet", "error", err)
 			again = time.After(s.cfg.waits.resync) // the disk may be full, and is not for ever

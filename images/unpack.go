@@ -34,7 +34,13 @@ type layerWant struct {
 // unpackLayer turns a layer's blob into a directory tree at dir/diff and the record at dir/layer.json. It streams:
 // the blob is never on disk. What is in dir is worth nothing until it returns without error, since both digests
 // can only be known at the end.
-func (s *Store) unpackLayer(ctx context.Context, dir string, want layerWant, blob io.Reader) (*layerRecord, error) {
+func (s *Store) unpackLayer(ctx context.Context, dir string, want layerWant, within *room, blob io.Reader) (_ *layerRecord, err error) {
+	sh := &share{of: within}
+	defer func() {
+		if err != nil {
+			sh.giveBack()
+		}
+	}()
 	in, err := newVerifier(blob, want.Digest, want.Size, s.log)
 	if err != nil {
 		return nil, err
@@ -43,7 +49,7 @@ func (s *Store) unpackLayer(ctx context.Context, dir string, want layerWant, blo
 	if err := os.Mkdir(diff, 0o755); err != nil {
 		return nil, fmt.Errorf("unpack layer: %w", err)
 	}
-	u, err := newUnpacker(ctx, s, diff)
+	u, err := newUnpacker(ctx, s, diff, sh)
 	if err != nil {
 		return nil, err
 	}
@@ -75,7 +81,7 @@ func unpackStream(u *unpacker, in *verifier, diffID string) (err error) {
 	if err != nil {
 		return err
 	}
-	sum, err := newHashTee(&limitReader{ctx: u.ctx, r: plain, left: u.maxBytes, max: u.maxBytes}, diffID, in.log)
+	sum, err := newHashTee(&limitReader{ctx: u.ctx, r: plain, share: u.share}, diffID, in.log)
 	if err != nil {
 		return errors.Join(err, plain.Close())
 	}
@@ -276,12 +282,12 @@ func (t *hashTee) finish() (string, error) {
 	return digestOf(t.want, t.hash), nil
 }
 
-// limitReader fails, where io.LimitReader ends, when there is more than max. It ends with its context, too: what a
+// limitReader fails, where io.LimitReader ends, when there is more than the image may have. It ends with its context, too: what a
 // small blob unpacks to may take long, and needs no more of the network.
 type limitReader struct {
-	ctx       context.Context
-	r         io.Reader
-	left, max int64
+	ctx   context.Context
+	r     io.Reader
+	share *share
 }
 
 func (l *limitReader) Read(p []byte) (int, error) {
@@ -289,8 +295,8 @@ func (l *limitReader) Read(p []byte) (int, error) {
 		return 0, context.Cause(l.ctx)
 	}
 	n, err := l.r.Read(p)
-	if l.left -= int64(n); l.left < 0 {
-		return 0, tooManyBytes(l.max)
+	if err := l.share.readMore(int64(n)); err != nil {
+		return 0, err
 	}
 	return n, err
 }

@@ -13,7 +13,7 @@ import (
 )
 
 const (
-	maxOpenDirs = 512
+	maxOpenDirs = 128 // of one layer; several come in at once, and some machines give a process 1024 descriptors
 	maxLinks    = 40  // as the kernel's MAXSYMLINKS
 	maxDepth    = 512 // of directories in each other: whoever walks them, to remove them for one, has one open at each level
 	// What is kept of directories until all is unpacked: dirCost bytes and the name for each, and no more than keptPerEntry

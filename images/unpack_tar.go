@@ -21,9 +21,7 @@ type unpacker struct {
 	tree       tree
 	ids        idMaps
 	refuseIDs  bool
-	maxBytes   int64
-	maxEntries int
-	logical    int64 // sum of file sizes, holes included
+	share      *share // of what the image may unpack to
 	entries    int
 	buf        []byte
 	bytes      uint64
@@ -33,13 +31,12 @@ type unpacker struct {
 	notes      noteList
 }
 
-func newUnpacker(ctx context.Context, s *Store, dir string) (*unpacker, error) {
+func newUnpacker(ctx context.Context, s *Store, dir string, sh *share) (*unpacker, error) {
 	t, err := openTree(dir, s.cfg.MaxLayerEntries)
 	if err != nil {
 		return nil, err
 	}
-	return &unpacker{ctx: ctx, tree: t, ids: s.ids, refuseIDs: s.cfg.RefuseUnmappedIDs, maxBytes: s.cfg.MaxLayerBytes,
-		maxEntries: s.cfg.MaxLayerEntries, buf: make([]byte, streamBuffer)}, nil
+	return &unpacker{ctx: ctx, tree: t, ids: s.ids, refuseIDs: s.cfg.RefuseUnmappedIDs, share: sh, buf: make([]byte, streamBuffer)}, nil
 }
 
 func (u *unpacker) close() error { return u.tree.close() }
@@ -91,26 +88,18 @@ func refused(err error) error {
 	return err
 }
 
-// tooManyBytes and tooManyEntries name the setting by which a user who trusts the image lets it in.
-func tooManyBytes(limit int64) error {
-	return fmt.Errorf("%w: layer unpacks to more than %d bytes; where that is right, raise images.maxLayerBytes (--max-layer-bytes)", ErrRefused, limit)
-}
-
-func tooManyEntries(limit int) error {
-	return fmt.Errorf("%w: layer has more than %d entries; where that is right, raise images.maxLayerEntries (--max-layer-entries)", ErrRefused, limit)
-}
-
 func (u *unpacker) entry(h *tar.Header, content io.Reader) error {
 	u.entries++
-	u.logical += max(h.Size, 0)
-	switch {
-	case u.entries+u.tree.made > u.maxEntries:
-		return tooManyEntries(u.maxEntries)
-	case h.Typeflag == tar.TypeXGlobalHeader:
+	if err := u.share.entriesAre(int64(u.entries + u.tree.made)); err != nil {
+		return err
+	}
+	if h.Typeflag == tar.TypeXGlobalHeader {
 		return nil
-	case h.Size < 0 || u.logical > u.maxBytes:
-		return tooManyBytes(u.maxBytes)
-	case len(h.Name) >= maxPath || len(h.Linkname) >= maxPath:
+	}
+	if err := u.share.fileOf(h.Size); err != nil {
+		return err
+	}
+	if len(h.Name) >= maxPath || len(h.Linkname) >= maxPath {
 		return fmt.Errorf("%w: name is longer than %d bytes", ErrRefused, maxPath)
 	}
 	name := cleanName(h.Name)

@@ -32,7 +32,7 @@ func unpackRaw(t *testing.T, cfg Config, raw []byte) (string, *layerRecord, erro
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	rec, err := s.unpackLayer(context.Background(), dir, layerWant{DiffID: sum(raw), Size: -1}, bytes.NewReader(raw))
+	rec, err := s.unpackLayer(context.Background(), dir, layerWant{DiffID: sum(raw), Size: -1}, s.newRoom(), bytes.NewReader(raw))
 	entries, readErr := os.ReadDir(outside)
 	if readErr != nil {
 		t.Fatal(readErr)
@@ -448,12 +448,12 @@ func TestDigestsAreVerified(t *testing.T) {
 		"too short": {layerWant{good.DiffID, good.Digest, good.Size + 1}, l.blob},
 		"trailing":  {layerWant{good.DiffID, good.Digest, -1}, append(bytes.Clone(l.blob), l.blob...)},
 	} {
-		_, err := s.unpackLayer(context.Background(), t.TempDir(), c.want, bytes.NewReader(c.blob))
+		_, err := s.unpackLayer(context.Background(), t.TempDir(), c.want, s.newRoom(), bytes.NewReader(c.blob))
 		if !errors.Is(err, ErrDigest) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	if _, err := s.unpackLayer(context.Background(), t.TempDir(), good, bytes.NewReader(l.blob)); err != nil {
+	if _, err := s.unpackLayer(context.Background(), t.TempDir(), good, s.newRoom(), bytes.NewReader(l.blob)); err != nil {
 		t.Error(err)
 	}
 }
@@ -477,7 +477,7 @@ func FuzzUnpack(f *testing.F) {
 		if err := os.Mkdir(filepath.Join(outside, "layer"), 0o755); err != nil {
 			t.Fatal(err)
 		}
-		_, err := s.unpackLayer(context.Background(), filepath.Join(outside, "layer"), layerWant{DiffID: sum(raw), Size: int64(len(raw)), Digest: sum(raw)}, bytes.NewReader(raw))
+		_, err := s.unpackLayer(context.Background(), filepath.Join(outside, "layer"), layerWant{DiffID: sum(raw), Size: int64(len(raw)), Digest: sum(raw)}, s.newRoom(), bytes.NewReader(raw))
 		if entries, readErr := os.ReadDir(outside); readErr != nil || len(entries) != 1 {
 			t.Fatalf("reached outside: %v, %v (%v)", entries, readErr, err)
 		}
@@ -541,7 +541,7 @@ func FuzzEntries(f *testing.F) {
 			}
 		}
 		raw := archiveOf(t, fuzzEntries(script)...)
-		rec, err := s.unpackLayer(context.Background(), dir, layerWant{DiffID: sum(raw), Size: -1}, bytes.NewReader(raw))
+		rec, err := s.unpackLayer(context.Background(), dir, layerWant{DiffID: sum(raw), Size: -1}, s.newRoom(), bytes.NewReader(raw))
 		diff := filepath.Join(dir, "diff")
 		if err != nil {
 			if !errors.Is(err, ErrRefused) && !errors.Is(err, ErrCorrupt) {

@@ -10,7 +10,8 @@ const registriesHelp = `registries
         registry.example.com:5000:
           caFile: /home/me/ca.pem               # trust this authority for its certificate
         registry.example.org:
-          insecure: true                        # plain HTTP, or a certificate that nothing vouches for
+          insecure: true                        # plain HTTP, or a certificate that nothing vouches for: for this
+                                                # host and port, not for a token server or storage elsewhere
         "*":                                    # every registry that has no section here
           mirrors: ["https://mirror.example.com"]   # told by ?ns=docker.io and so on which one is meant
 
