@@ -148,7 +148,7 @@ func (b *builder) rlimits() error {
 	return nil
 }
 
-// reserveProcesses leaves a quarter of the processes that the user may have to the node itself: a container that forks
+// reserveProcesses leaves a quarter of the processes that the node may have to its own programs: a container that forks
 // without end, and that no pids controller stops, would else keep the keeper from making a thread, which ends a Go
 // program. The kernel counts by user id, in the node's user namespace and then for the user as a whole (setrlimit(2),
 // user_namespaces(7)), so this holds for one id at a time: it is no substitute for pids.max.

@@ -239,7 +239,7 @@ func (m *memoryMeter) Write(p []byte) (int, error) {
 func TestExecStuckClient(t *testing.T) {
 	eachRemote(t, func(t *testing.T, h *harness, r remote) {
 		id := h.running("sleep 1000")
-		stuck := make(stuckWriter)
+		stuck := stuckWriter{writes: make(chan struct{}, 1), free: make(chan struct{})}
 		ctx, cancel := context.WithCancel(h.ctx())
 		result := r.start(ctx, h.execScript(id, "yes", &runtimeapi.ExecRequest{Stdout: true}), remotecommand.StreamOptions{Stdout: stuck})
 		eventually(t, func() bool { return h.keeper.sessions() == 1 })
@@ -248,8 +248,9 @@ func TestExecStuckClient(t *testing.T) {
 		if err := r.stream(h.ctx(), u, remotecommand.StreamOptions{Stdout: &out}); err != nil || out.String() != "fine\n" {
 			t.Errorf("%v %q", err, out.String())
 		}
+		<-stuck.writes // a client that is ended before it reads leaves its goroutines behind
 		cancel()
-		close(stuck)
+		close(stuck.free)
 		if err := <-result; err == nil {
 			t.Error("no error")
 		}
@@ -257,10 +258,15 @@ func TestExecStuckClient(t *testing.T) {
 	})
 }
 
-type stuckWriter chan struct{}
+// stuckWriter tells of its first write, which takes until it is free.
+type stuckWriter struct{ writes, free chan struct{} }
 
 func (s stuckWriter) Write(p []byte) (int, error) {
-	<-s
+	select {
+	case s.writes <- struct{}{}:
+	default:
+	}
+	<-s.free
 	return 0, io.ErrClosedPipe
 }
 

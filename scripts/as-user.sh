@@ -103,7 +103,7 @@ release() {
 # quota makes a filesystem on which the user has a quota, for the tests of its end, and prints where: each package that has
 # such tests has a directory of its name there. Prints nothing where this root may not mount, or the kernel has no btrfs.
 quota() {
-	local at=/var/tmp/$TEST_USER.quota package
+	local at=/var/lib/$TEST_USER.quota package
 	end_quota
 	(
 		set -e
@@ -126,7 +126,7 @@ quota() {
 
 # end_quota removes that filesystem, and one that a run has left which was killed.
 end_quota() {
-	local at=/var/tmp/$TEST_USER.quota
+	local at=/var/lib/$TEST_USER.quota
 	! mountpoint -q "$at/mnt" || umount "$at/mnt" || umount --lazy "$at/mnt"
 	rm -rf --one-file-system "$at"
 }
