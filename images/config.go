@@ -21,7 +21,7 @@ type Config struct {
 	// $DOCKER_CONFIG, ~/.docker, $REGISTRY_AUTH_FILE, $XDG_RUNTIME_DIR/containers, ~/.config/containers.
 	// The files are read for each pull, so that a login counts at once.
 	DockerConfig string
-	// MaxLayerBytes bounds what a layer, and all layers of one image that are not here yet together, may unpack to, against
+	// MaxLayerBytes bounds what those layers of one image that are not here yet may unpack to together, against
 	// decompression bombs. 0 is DefaultMaxLayerBytes.
 	MaxLayerBytes int64
 	// MaxLayerEntries bounds how many files and directories they may have. 0 is DefaultMaxLayerEntries.
@@ -38,8 +38,8 @@ type Config struct {
 // everyRegistry is the key of the section for registries that have none of their own.
 const everyRegistry = "*"
 
-// DefaultMaxLayerBytes is larger than most of today's model images, and smaller than most disks.
-const DefaultMaxLayerBytes = 64 << 30
+// DefaultMaxLayerBytes lets today's model images in, of several layers of tens of GiB, and is smaller than many disks.
+const DefaultMaxLayerBytes = 256 << 30
 
 // DefaultMaxLayerEntries is ten times what the largest layers of today have, and a fraction of a disk's inodes.
 const DefaultMaxLayerEntries = 4 << 20

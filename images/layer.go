@@ -50,7 +50,7 @@ func (s *Store) addLayer(ctx context.Context, want layerWant, within *room, plac
 		}
 		errs = append(errs, err)
 		var errno unix.Errno
-		if ctx.Err() != nil || errors.Is(err, ErrRefused) || errors.As(err, &errno) && !errors.Is(err, ErrUnavailable) {
+		if ctx.Err() != nil || errors.Is(err, ErrRefused) && !errors.Is(err, errMisled) || errors.As(err, &errno) && !errors.Is(err, ErrUnavailable) {
 			break // another place would not serve better
 		}
 	}

@@ -130,7 +130,7 @@ func checkRedirect(req *http.Request, via []*http.Request) error {
 	}
 	from, to := via[0].URL.Hostname(), req.URL.Hostname()
 	if from != to && isInside(to) && !isInside(from) {
-		return fmt.Errorf("redirect from %s to the private address %s refused", from, to)
+		return fmt.Errorf("%w: redirect from %s to the private address %s", errMisled, from, to)
 	}
 	return nil
 }
