@@ -174,7 +174,7 @@ func (r *remote) getOnce(ctx context.Context, kind, id, accept string) (body []b
 	if len(body) > manifestLimit {
 		return nil, "", false, fmt.Errorf("%w: %s: %s is larger than %d bytes", ErrRefused, r.at, what, manifestLimit)
 	}
-	r.patience.rewarded(r.patience.waits.least)
+	r.patience.completed()
 	return body, resp.Header.Get("Content-Type"), false, nil
 }
 

@@ -167,6 +167,9 @@ func (r *retrier) RoundTrip(req *http.Request) (*http.Response, error) {
 			r.patience.heard(describe(err))
 		}
 		if !r.patience.grants(wait) {
+			if refused, ok := req.Context().Value(layerKey{}).(*bool); ok {
+				*refused = true
+			}
 			return resp, err
 		}
 		if resp != nil {
