@@ -21,7 +21,7 @@ type Config struct {
 	// $DOCKER_CONFIG, ~/.docker, $REGISTRY_AUTH_FILE, $XDG_RUNTIME_DIR/containers, ~/.config/containers.
 	// The files are read for each pull, so that a login counts at once.
 	DockerConfig string
-	// MaxLayerBytes bounds what a layer, and all layers of one image that are not here yet together, may unpack to, against
+	// MaxLayerBytes bounds what those layers of one image that are not here yet may unpack to together, against
 	// decompression bombs. 0 is DefaultMaxLayerBytes.
 	MaxLayerBytes int64
 	// MaxLayerEntries bounds how many files and directories they may have. 0 is DefaultMaxLayerEntries.
@@ -38,8 +38,8 @@ type Config struct {
 // everyRegistry is the key of the section for registries that have none of their own.
 const everyRegistry = "*"
 
-// DefaultMaxLayerBytes is larger than most of today's model images, and smaller than most disks.
-const DefaultMaxLayerBytes = 64 << 30
+// DefaultMaxLayerBytes lets today's model images in, of several layers of tens of GiB, and is smaller than many disks.
+const DefaultMaxLayerBytes = 256 << 30
 
 // DefaultMaxLayerEntries is ten times what the largest layers of today have, and a fraction of a disk's inodes.
 const DefaultMaxLayerEntries = 4 << 20
@@ -152,8 +152,8 @@ type ImageConfig struct {
 type waits struct {
 	dial       time.Duration // for a connection, and for TLS on it
 	header     time.Duration // for the header of an answer
-	stall      time.Duration // an answer that brings less than least bytes in so much waiting is given up, and resumed elsewhere
-	least      int           // bytes in each stall
+	stall      time.Duration // an answer that brings less than least bytes in so much waiting is given up, and a layer resumed
+	least      int           // bytes of a layer in each stall; of a document a documentShare of it
 	patience   time.Duration // what waiting may take in all, see patience
 	backoff    time.Duration // before the first retry; doubles
 	maxBackoff time.Duration
@@ -164,6 +164,7 @@ type waits struct {
 
 // defaultWaits has a least rate of 1.1 KB/s. Three layers that come at once over a mobile line of the worst kind, GPRS at
 // some 40 kbit/s, get 1.7 each; and where each gets less, it is what they get together that counts. A server that trickles
-// is given up, and whoever waits behind it waits for no more than that.
+// is given up, and whoever waits behind it waits for no more than that. A document is not resumed, and pays for nothing before
+// it is whole: it comes at any rate that takes less than the patience, a usual one of 10 KB at 20 bytes a second.
 var defaultWaits = waits{dial: 30 * time.Second, header: time.Minute, stall: time.Minute, least: 64 << 10, patience: 10 * time.Minute,
 	backoff: 500 * time.Millisecond, maxBackoff: 15 * time.Second, retryAfter: time.Minute, settle: 2 * time.Second, resync: time.Minute}

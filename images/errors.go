@@ -31,6 +31,8 @@ var (
 	ErrCorrupt = errors.New("layer cannot be read")
 	// ErrRefused: the image is whole, but is not something that this store unpacks.
 	ErrRefused = errors.New("image refused")
+	// errMisled is ErrRefused for where a registry leads: another place may serve, and else the configuration has to change.
+	errMisled = fmt.Errorf("%w", ErrRefused)
 	// ErrFull: there is no room for the image store, or no quota of it left; the text says where and what to do.
 	ErrFull = errors.New("image store is full")
 	// ErrLocked: another process has the store open.

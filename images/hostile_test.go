@@ -278,6 +278,22 @@ func TestReplacedDirectories(t *testing.T) {
 	}
 }
 
+// TestAModelOfManyLayersFits into the limit that nobody has set.
+func TestAModelOfManyLayersFits(t *testing.T) {
+	s := openStore(t, Config{})
+	layer := layerWant{DiffID: sum(nil), Size: 30 << 30}
+	within, err := s.roomFor([]layerWant{layer, layer, layer})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		l := share{of: within}
+		if err := errors.Join(l.readMore(31<<30), l.fileOf(30<<30)); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // TestAnImageIsLimitedAsAWhole: layers that would each do are refused together, with nothing left; what is here already, and
 // an attempt that failed, takes nothing of the limit.
 func TestAnImageIsLimitedAsAWhole(t *testing.T) {

@@ -2,6 +2,7 @@ package images
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -118,13 +119,19 @@ func (x *index) layer(diffID string) *layerRecord {
 	return x.layers[diffID]
 }
 
-// replaceLayer publishes a new record of a layer that is still there.
-func (x *index) replaceLayer(r *layerRecord) {
+// replaceLayer publishes a new record of a layer that is still there, once place has put it where it belongs. place only
+// renames: a layer that goes must not get a record again.
+func (x *index) replaceLayer(old, r *layerRecord, place func() error) (replaced bool, err error) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	if x.layers[r.DiffID] != nil {
-		x.layers[r.DiffID] = r
+	if x.layers[r.DiffID] != old {
+		return false, nil
 	}
+	if err := place(); err != nil {
+		return false, err
+	}
+	x.layers[r.DiffID] = r
+	return true, nil
 }
 
 // addLayer publishes r once place has put its directory where it belongs. place only renames: no garbage
@@ -192,9 +199,10 @@ func (x *index) mountKeys(kind string) []string {
 	return keys
 }
 
-// collect takes every layer that nothing needs out of the index, and hands its directory to remove, which only
-// renames: a pull that wants the layer again finds either all of it or nothing.
-func (x *index) collect(remove func(diffID string) error) error {
+// collect takes every layer that nothing needs out of the index, and hands its directory to remove, which only renames, or
+// takes the record away: a pull that wants the layer again finds either all of it or nothing that counts. One that cannot
+// be taken away is whole, and stays.
+func (x *index) collect(remove func(diffID string) error) (err error) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if x.anyUnknownLocked() {
@@ -218,12 +226,13 @@ func (x *index) collect(remove func(diffID string) error) error {
 		if used[d] {
 			continue
 		}
-		if err := remove(d); err != nil {
-			return err
+		if failed := remove(d); failed != nil {
+			err = errors.Join(err, failed)
+			continue
 		}
 		delete(x.layers, d)
 	}
-	return nil
+	return err
 }
 
 // collectFix calls remove, which only renames, unless the fix directory of image id is needed: by the image, by a

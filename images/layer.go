@@ -50,7 +50,7 @@ func (s *Store) addLayer(ctx context.Context, want layerWant, within *room, plac
 		}
 		errs = append(errs, err)
 		var errno unix.Errno
-		if ctx.Err() != nil || errors.Is(err, ErrRefused) || errors.As(err, &errno) && !errors.Is(err, ErrUnavailable) {
+		if ctx.Err() != nil || errors.Is(err, ErrRefused) && !errors.Is(err, errMisled) || errors.As(err, &errno) && !errors.Is(err, ErrUnavailable) {
 			break // another place would not serve better
 		}
 	}
@@ -87,17 +87,7 @@ func (s *Store) addLayerFrom(ctx context.Context, want layerWant, within *room, 
 		return u.run(s.full(err))
 	}
 	crash.Point("images/layer-recorded")
-	placed := false
-	err = s.index.addLayer(rec, func() error {
-		placed = true
-		to := s.layerDir(want.DiffID)
-		if _, err := os.Lstat(to); err == nil { // a later version's, which Open has left there
-			if err := s.putAside(to, errNewer); err != nil {
-				return err
-			}
-		}
-		return os.Rename(dir, to)
-	})
+	placed, err := s.placeLayer(dir, rec)
 	if err != nil {
 		return u.run(fmt.Errorf("add layer: %w", err))
 	}
@@ -106,6 +96,25 @@ func (s *Store) addLayerFrom(ctx context.Context, want layerWant, within *room, 
 		return os.RemoveAll(dir)
 	}
 	return nil
+}
+
+// placeLayer puts an unpacked layer in its place, where it is not there already. The caller has pinned it, so that nothing
+// new is left over there meanwhile.
+func (s *Store) placeLayer(dir string, rec *layerRecord) (placed bool, err error) {
+	to := s.layerDir(rec.DiffID)
+	if err := removeLeftover(to); err != nil {
+		return false, err
+	}
+	err = s.index.addLayer(rec, func() error {
+		placed = true
+		if _, err := os.Lstat(filepath.Join(to, "layer.json")); err == nil { // a later version's, which Open has left there
+			if err := s.putAside(to, errNewer); err != nil {
+				return err
+			}
+		}
+		return os.Rename(dir, to) // also over an empty directory
+	})
+	return placed, err
 }
 
 // wake tells the background goroutine that there may be work.

@@ -252,7 +252,7 @@ func (s *Store) discard(path string) error {
 		return err
 	}
 	crash.Point("images/discarded")
-	if err := os.RemoveAll(trash); err != nil {
+	if err := s.removeTrash(trash); err != nil {
 		return fmt.Errorf("remove %s: %w", path, err)
 	}
 	crash.Point("images/discard-removed")

@@ -6,16 +6,12 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"golang.org/x/sys/unix"
-
-	"github.com/coracle-cri/coracle/e2e/crash"
 )
 
 // recover reads what is on disk into the index and returns the paths that belong to nothing: the background
@@ -56,64 +52,6 @@ func (s *Store) recover() (stale []string, err error) {
 	}
 	trash, err := s.takeUnused()
 	return append(stale, trash...), err
-}
-
-// takeUnused moves what nothing needs any more into tmp, and returns where it is.
-func (s *Store) takeUnused() (trash []string, err error) {
-	take := func(path string) error {
-		t, err := s.trash(path)
-		if err == nil {
-			trash = append(trash, t)
-		}
-		return err
-	}
-	err = s.index.collect(func(diffID string) error { return take(s.layerDir(diffID)) })
-	entries, readErr := os.ReadDir(s.path("fix"))
-	err = errors.Join(err, readErr)
-	for _, e := range entries {
-		id := "sha256:" + e.Name()
-		err = errors.Join(err, s.index.collectFix(id, func() error { return take(s.fixDir(id)) }))
-	}
-	return trash, err
-}
-
-// collect removes the layers that nothing needs any more.
-func (s *Store) collect() error {
-	trash, err := s.takeUnused()
-	for _, t := range trash {
-		err = errors.Join(err, os.RemoveAll(t))
-		crash.Point("images/trash-removed")
-	}
-	return err
-}
-
-// trash renames path into tmp and returns where it is; "" where it is gone already.
-func (s *Store) trash(path string) (string, error) {
-	trash := s.path("tmp", "trash-"+rand.Text())
-	err := os.Rename(path, trash)
-	if errors.Is(err, unix.EDQUOT) || errors.Is(err, unix.ENOSPC) {
-		return "", removeInPlace(path) // btrfs wants room for a new name, of a user whose quota is used up
-	}
-	if err != nil {
-		return "", fmt.Errorf("remove: %w", err)
-	}
-	crash.Point("images/trashed")
-	return trash, nil
-}
-
-// removeInPlace removes a file or directory of the store, of a directory the record first: what is then left of it counts
-// for nothing.
-func removeInPlace(path string) error {
-	for _, record := range []string{"layer.json", "rootfs.json"} {
-		err := os.Remove(filepath.Join(path, record))
-		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOTDIR) {
-			return fmt.Errorf("remove: %w", err)
-		}
-	}
-	if err := os.RemoveAll(path); err != nil {
-		return fmt.Errorf("remove: %w", err)
-	}
-	return nil
 }
 
 // setAside moves a record that cannot be read out of the way, and says where.

@@ -110,8 +110,12 @@ func (s *Store) connect(ctx context.Context, at endpoint, auth *Auth, retries in
 	inner := &retrier{next: &witness{next: guarded, secret: r.secret}, patience: p, retries: retries}
 	rt, err := transport.NewWithContext(ctx, repo.Registry, authn.FromConfig(creds), inner, []string{repo.Scope(transport.PullScope)})
 	if err != nil {
-		if classify(err) == nil { // a handshake that makes no sense
-			err = fmt.Errorf("%w: %w", ErrUnavailable, err)
+		if classify(err) == nil { // a handshake that makes no sense, or leads where the library does not go
+			class := ErrUnavailable
+			if strings.Contains(err.Error(), "invalid realm") {
+				class = errMisled
+			}
+			err = fmt.Errorf("%w: %w", class, err)
 		}
 		return nil, r.failed("connect", err)
 	}
@@ -170,7 +174,7 @@ func (r *remote) getOnce(ctx context.Context, kind, id, accept string) (body []b
 	if len(body) > manifestLimit {
 		return nil, "", false, fmt.Errorf("%w: %s: %s is larger than %d bytes", ErrRefused, r.at, what, manifestLimit)
 	}
-	r.patience.rewarded(r.patience.waits.least)
+	r.patience.completed()
 	return body, resp.Header.Get("Content-Type"), false, nil
 }
 
@@ -222,7 +226,7 @@ func classify(err error) error {
 	if errors.Is(err, errStall) { // it shows as a cancelled request
 		return ErrUnavailable
 	}
-	for _, class := range []error{ErrClosed, context.Canceled, context.DeadlineExceeded, ErrDigest, ErrRefused, ErrUnavailable} {
+	for _, class := range []error{ErrClosed, context.Canceled, context.DeadlineExceeded, ErrDigest, errMisled, ErrRefused, ErrUnavailable} {
 		if errors.Is(err, class) {
 			return class
 		}

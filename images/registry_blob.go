@@ -25,14 +25,17 @@ type blobReader struct {
 	off     int64
 	fresh   int       // bytes since the last progress
 	idle    int       // attempts since then
+	again   int       // attempts that began with what was had before
 	opened  time.Time // the last of them
+	refused bool      // the pause before the next: there is none
 	retries int
 }
 
 // blob opens a blob of a known size. Its digest is for the caller to check.
 func (r *remote) blob(ctx context.Context, digest string, size int64) (*blobReader, error) {
-	ctx, end := context.WithCancelCause(ctx)
-	b := &blobReader{from: r, digest: digest, size: size, ctx: ctx, end: end, retries: blobRetries}
+	b := &blobReader{from: r, digest: digest, size: size, retries: blobRetries}
+	ctx, end := context.WithCancelCause(context.WithValue(ctx, layerKey{}, &b.refused))
+	b.ctx, b.end = ctx, end
 	if r.at.mirror {
 		b.retries = mirrorRetries
 	}
@@ -60,13 +63,27 @@ func (b *blobReader) open() error {
 	}
 	skip, err := b.checkResponse(resp)
 	if err == nil {
-		if _, err = io.CopyN(io.Discard, resp.Body, skip); err == nil {
+		if err = b.skip(resp.Body, skip); err == nil {
 			b.body = resp.Body
 			return nil
 		}
 	}
 	resp.Body.Close()
 	return b.from.failed(what, errors.Join(err, context.Cause(b.ctx)))
+}
+
+// skip reads what was had before. It takes its time as the first time; a server that has it read again and again is paid
+// for blobRetries times.
+func (b *blobReader) skip(from io.Reader, bytes int64) error {
+	if bytes > 0 {
+		b.again++
+	}
+	to := io.Discard
+	if b.again <= blobRetries {
+		to = b.from.patience
+	}
+	_, err := io.CopyN(to, from, bytes)
+	return err
 }
 
 // checkResponse returns how much of the body was had before: a server that does not know ranges sends it all.
@@ -91,7 +108,7 @@ func (b *blobReader) Read(p []byte) (int, error) {
 	for {
 		if b.body == nil {
 			if err := b.reopen(); err != nil {
-				if b.off > 0 && b.idle < b.retries && b.ctx.Err() == nil && errors.Is(err, ErrUnavailable) && b.from.patience.gone() == nil {
+				if b.off > 0 && b.idle < b.retries && !b.refused && b.ctx.Err() == nil && errors.Is(err, ErrUnavailable) && b.from.patience.gone() == nil {
 					continue // it was there a moment ago
 				}
 				return 0, err
@@ -125,8 +142,8 @@ func (b *blobReader) progress(n int) {
 		b.fresh, b.idle = 0, 0
 	}
 	b.from.patience.rewarded(n)
-	if n > 0 && b.off >= b.size {
-		b.from.patience.rewarded(b.from.patience.waits.least)
+	if b.off >= b.size && b.off-int64(n) < b.size {
+		b.from.patience.completed()
 	}
 }
 
@@ -135,7 +152,8 @@ func (b *blobReader) reopen() error {
 	if b.idle > 0 {
 		wait := b.from.patience.waits.step(b.idle-1) - time.Since(b.opened) // an attempt that took its time was a pause itself
 		if !b.from.patience.grants(wait) {
-			return b.from.failed("get blob "+b.digest, b.from.patience.gone())
+			b.refused = true
+			return b.from.failed("get blob "+b.digest, errStall)
 		}
 		if err := b.from.patience.pause(b.ctx, wait); err != nil {
 			return err

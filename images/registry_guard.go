@@ -39,7 +39,10 @@ func (g *guard) RoundTrip(req *http.Request) (*http.Response, error) {
 		cancel(nil)
 		return nil, err
 	}
-	body := &stallBody{body: resp.Body, r: resp.Body, patience: g.patience, ctx: ctx, cancel: cancel}
+	body := &stallBody{body: resp.Body, r: resp.Body, patience: g.patience, least: g.patience.waits.least, ctx: ctx, cancel: cancel}
+	if req.Context().Value(layerKey{}) == nil {
+		body.least /= documentShare
+	}
 	if strings.HasSuffix(req.URL.Path, "/v2/") {
 		body.r = io.LimitReader(resp.Body, handshakeLimit)
 	}
@@ -47,13 +50,22 @@ func (g *guard) RoundTrip(req *http.Request) (*http.Response, error) {
 	return resp, nil
 }
 
-// stallBody cancels its request where less than waits.least comes in waits.stall: a server that holds on to us, or a line
+// layerKey marks the context of a request for a layer, which is resumed where it is cut. The value is a *bool: it becomes
+// true where a pause before that is too long.
+type layerKey struct{}
+
+// documentShare is which part of a layer's least rate is enough for a document (17 bytes a second): it would begin anew, and
+// has to come within the patience in any case.
+const documentShare = 64
+
+// stallBody cancels its request where less than least comes in waits.stall: a server that holds on to us, or a line
 // that another attempt may find better. Only the time spent waiting in Read counts: a reader
 // that is slow itself, since the disk is, does not.
 type stallBody struct {
 	body     io.Closer
 	r        io.Reader
 	patience *patience
+	least    int
 	ctx      context.Context
 	cancel   context.CancelCauseFunc
 	spent    time.Duration // since the last progress
@@ -67,7 +79,7 @@ func (s *stallBody) Read(p []byte) (int, error) {
 	t.Stop()
 	done()
 	s.spent += time.Since(start)
-	if s.got += n; s.got >= s.patience.waits.least {
+	if s.got += n; s.got >= s.least {
 		s.spent, s.got = 0, 0
 		if err == nil { // it may all be what was had before
 			err = s.patience.gone()

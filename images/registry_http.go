@@ -130,7 +130,7 @@ func checkRedirect(req *http.Request, via []*http.Request) error {
 	}
 	from, to := via[0].URL.Hostname(), req.URL.Hostname()
 	if from != to && isInside(to) && !isInside(from) {
-		return fmt.Errorf("redirect from %s to the private address %s refused", from, to)
+		return fmt.Errorf("%w: redirect from %s to the private address %s", errMisled, from, to)
 	}
 	return nil
 }
@@ -167,6 +167,9 @@ func (r *retrier) RoundTrip(req *http.Request) (*http.Response, error) {
 			r.patience.heard(describe(err))
 		}
 		if !r.patience.grants(wait) {
+			if refused, ok := req.Context().Value(layerKey{}).(*bool); ok {
+				*refused = true
+			}
 			return resp, err
 		}
 		if resp != nil {

@@ -115,11 +115,11 @@ func (r *reach) check(addr, resolved string) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if isLoopback(host) && !ap.Addr().Unmap().IsLoopback() && !r.proxies[addr] {
-		return fmt.Errorf("%w: %s is %s here, which is not this machine", ErrRefused, host, ap.Addr().Unmap())
+		return fmt.Errorf("%w: %s is %s here, which is not this machine", errMisled, host, ap.Addr().Unmap())
 	}
 	if r.own[addr] || r.proxies[addr] || nearnessOf(ap.Addr()) <= r.at || r.named(addr) || r.named(host) {
 		return nil
 	}
 	return fmt.Errorf("%w: the registry leads to %s, which is %s, an address of this machine's own surroundings; "+
-		"give that host a section in registries if it is to be trusted", ErrRefused, addr, ap.Addr().Unmap())
+		"give that host a section in registries if it is to be trusted", errMisled, addr, ap.Addr().Unmap())
 }

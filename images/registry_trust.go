@@ -7,12 +7,14 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"strings"
 )
 
 // trust sends each request on by the connections that fit the host that it goes to. Plain http, and certificates that
 // nobody vouches for, are for hosts, with their ports, of which the configuration says so, and for this machine's own: not
 // for where such a host leads to, by its token server, by a redirect or with its blobs. What it names over verified https
-// is believed as far as itself: that is how registries work.
+// is believed as far as itself: that is how registries work. So where it redirects a blob to plain http, that is followed: no
+// credentials go there, and what comes has to have its digest.
 type trust struct {
 	pool *transports
 	at   endpoint
@@ -20,13 +22,13 @@ type trust struct {
 
 func (t *trust) RoundTrip(req *http.Request) (*http.Response, error) {
 	to := t.pool.leads(t.at, req.URL)
-	if req.URL.Scheme == "http" && !to.insecure {
-		return nil, fmt.Errorf("%s: plain http is not allowed, to which %s leads: give %s a section in registries with insecure: true if it is to be used",
-			req.URL.Host, t.at, req.URL.Host)
+	if req.URL.Scheme == "http" && !to.insecure && !t.blobInClear(req) {
+		return nil, fmt.Errorf("%w: %s: plain http is not allowed, to which %s leads: give %s a section in registries with insecure: true if it is to be used",
+			errMisled, req.URL.Host, t.at, req.URL.Host)
 	}
 	if from := req.Response; from != nil && req.Body != nil && from.Request.URL.Host != req.URL.Host {
 		// An identity token is sent in the body, which http.Client would send again.
-		return nil, fmt.Errorf("%w: the token server %s redirects to %s, which would get the credentials", ErrRefused, from.Request.URL.Host, req.URL.Host)
+		return nil, fmt.Errorf("%w: the token server %s redirects to %s, which would get the credentials", errMisled, from.Request.URL.Host, req.URL.Host)
 	}
 	tr, err := t.pool.get(to)
 	if err != nil {
@@ -38,6 +40,18 @@ func (t *trust) RoundTrip(req *http.Request) (*http.Response, error) {
 			req.URL.Host, err, req.URL.Host)
 	}
 	return resp, err
+}
+
+// blobInClear tells whether a request without credentials is for a blob that somebody whose certificate was verified
+// redirects.
+func (t *trust) blobInClear(req *http.Request) bool {
+	first := req
+	for first.Response != nil {
+		first = first.Response.Request
+	}
+	by := t.pool.leads(t.at, first.URL)
+	return req.Header.Get("Authorization") == "" && req.Body == nil && first.URL.Scheme == "https" && (!by.insecure || by.caFile != "") &&
+		strings.Contains(first.URL.Path, "/blobs/")
 }
 
 // leads tells how a host is reached that a request for an endpoint goes to. A section of its own counts; an authority

@@ -88,7 +88,7 @@ func TestInsecureIsForOneHostAlone(t *testing.T) {
 					registries := map[string]RegistryConfig{"inside.example:" + port: {Insecure: true}}
 					s := openStore(t, Config{Registries: registries})
 					_, err := s.Pull(context.Background(), registry+"/app:1", auth)
-					if err == nil || !strings.Contains(err.Error(), far.host) || !strings.Contains(err.Error(), "section in registries") {
+					if err == nil || !withTLS && !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), far.host) || !strings.Contains(err.Error(), "section in registries") {
 						t.Errorf("error = %v", err)
 					}
 					if got := far.seen(""); len(got) > 0 {
@@ -102,6 +102,34 @@ func TestInsecureIsForOneHostAlone(t *testing.T) {
 				})
 			}
 		}
+	}
+}
+
+// TestBlobsMayComeInClear where a registry whose certificate is verified redirects them, without credentials; not to where
+// the registry itself may not be. What a mirror leads to is no reason not to ask the registry.
+func TestBlobsMayComeInClear(t *testing.T) {
+	h, s := farHub(t, Config{})
+	h.push(t, "app:1", imageOf(t, gzipLayer(t, file("a", "x"))))
+	far := farServer(t, h, false)
+	leadTo(h, "/blobs/", far.URL)
+	if _, err := s.Pull(context.Background(), h.host+"/app:1", &Auth{Username: testUser, Password: testPassword}); err != nil {
+		t.Fatal(err)
+	}
+	if got := far.seen("GET"); len(got) != 2 || len(far.seen("Basic"))+len(far.seen("Bearer")) > 0 {
+		t.Errorf("the storage has seen %q", got)
+	}
+
+	leadTo(h, "/blobs/", "http://inside.example:80")
+	near := newHub(t)
+	near.push(t, "app:1", imageOf(t, gzipLayer(t, file("a", "x"))))
+	s = openStore(t, Config{Registries: map[string]RegistryConfig{h.host: s.cfg.Registries[h.host], near.host: {Mirrors: []string{h.host}}}})
+	if _, err := s.Pull(context.Background(), h.host+"/app:1", nil); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "section in registries") {
+		t.Errorf("error = %v", err)
+	}
+	leadTo(h, sum(gzipLayer(t, file("a", "x")).blob), "http://inside.example:80")
+	pull(t, s, near.host+"/app:1")
+	if len(h.seen(sum(gzipLayer(t, file("a", "x")).blob))) == 0 {
+		t.Error("the mirror was not asked")
 	}
 }
 

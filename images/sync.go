@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/coracle-cri/coracle/e2e/crash"
 )
 
 // What reaches the disk, and when.
@@ -34,7 +36,7 @@ func (s *Store) background(stale []string) {
 		if s.life.ctx.Err() != nil {
 			return // the next Open finds them
 		}
-		if err := os.RemoveAll(path); err != nil {
+		if err := s.removeTrash(path); err != nil {
 			s.log.Warn("stale data cannot be removed", "path", path, "error", err)
 		}
 	}
@@ -81,17 +83,28 @@ func (s *Store) syncLayers() error {
 		return err
 	}
 	for _, l := range layers {
-		marked := *l
-		marked.Synced = true
-		err := s.writeRecord(filepath.Join(s.layerDir(l.DiffID), "layer.json"), &marked)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
-		} else if err != nil {
+		if err := s.markSynced(l); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
-		s.index.replaceLayer(&marked)
 	}
 	return nil
+}
+
+// markSynced is writeRecord for a layer that may be thrown away, or come anew, meanwhile: then it is not marked.
+func (s *Store) markSynced(l *layerRecord) error {
+	marked := *l
+	marked.Synced = true
+	to := target{filepath.Join(s.layerDir(l.DiffID), "layer.json"), &marked}
+	temp, err := s.stageRecord(to)
+	if err != nil {
+		return err
+	}
+	replaced, err := s.index.replaceLayer(l, &marked, func() error { return os.Rename(temp, to.path) })
+	if !replaced {
+		return errors.Join(err, os.Remove(temp))
+	}
+	crash.Point("images/record-replaced")
+	return syncDir(filepath.Dir(to.path))
 }
 
 // writeOut starts writing every file below dir and waits for it, one by one, so that it can stop at any of them;

@@ -163,7 +163,7 @@ var keys = []key{
 	text("streaming-address", "streaming.address", "loopback address of the exec, attach and port-forward server; port 0 picks one", func(c *config) *string { return &c.Streaming.Address }),
 	truth("grpc-reflection", "grpc.reflection", "serve gRPC reflection on the CRI's socket, for grpcurl and the like", func(c *config) *bool { return &c.GRPC.Reflection }),
 	truth("grpc-health", "grpc.health", "serve the gRPC health service on the CRI's socket, for probes", func(c *config) *bool { return &c.GRPC.Health }),
-	number("max-layer-bytes", "images.maxLayerBytes", "largest size, unpacked, of an image's layers that are not here yet, one or all together, in bytes",
+	number("max-layer-bytes", "images.maxLayerBytes", "largest size, unpacked, of those layers of an image that are not here yet, all together, in bytes",
 		func(c *config, n int64) { c.Images.MaxLayerBytes = n }, func(c config) int64 { return c.Images.MaxLayerBytes }),
 	number("max-layer-entries", "images.maxLayerEntries", "most files and directories that an image's layers that are not here yet may have, one or all together",
 		func(c *config, n int64) { c.Images.MaxLayerEntries = n }, func(c config) int64 { return c.Images.MaxLayerEntries }),
