@@ -14,7 +14,7 @@ import (
 	"github.com/coracle-cri/coracle/rootless"
 )
 
-// The lock is the data directory's: a node that was started with another XDG_DATA_HOME holds another one.
+// A node of an earlier version holds the lock of its data directory alone.
 func TestASweepSparesALiveNode(t *testing.T) {
 	node := rootless.Node{Name: "n", RuntimeDir: t.TempDir(), DataDir: t.TempDir()}
 	record := filepath.Join(node.RuntimeDir, "node.json")
@@ -39,7 +39,7 @@ func TestASweepSparesALiveNode(t *testing.T) {
 	}
 	started := startOf(t, os.Getppid())
 	write(func(r *rootless.Record) { r.PID, r.PIDStart = os.Getppid(), started })
-	if err := sweep(node); err == nil || !strings.Contains(err.Error(), "is up already") || !strings.Contains(err.Error(), "XDG_DATA_HOME") {
+	if err := sweep(node, node.Sweep); err == nil || !strings.Contains(err.Error(), "is up already") || !strings.Contains(err.Error(), "XDG_DATA_HOME") {
 		t.Errorf("sweep of a live node: %v", err)
 	}
 	if _, err := os.Stat(record); err != nil {
@@ -53,7 +53,7 @@ func TestASweepSparesALiveNode(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := sweep(node); err == nil || !strings.Contains(err.Error(), "is up already") || !strings.Contains(err.Error(), "XDG_DATA_HOME") {
+	if err := sweep(node, node.Sweep); err == nil || !strings.Contains(err.Error(), "is up already") || !strings.Contains(err.Error(), "XDG_DATA_HOME") {
 		t.Errorf("sweep of a live node without its record: %v", err)
 	}
 	if _, err := os.Stat(record); err != nil {
@@ -63,7 +63,7 @@ func TestASweepSparesALiveNode(t *testing.T) {
 		t.Fatal(err)
 	}
 	write(func(r *rootless.Record) { r.PID, r.PIDStart = os.Getppid(), started+1 })
-	if err := sweep(node); err != nil {
+	if err := sweep(node, node.Sweep); err != nil {
 		t.Errorf("sweep of a dead node whose pid is another's: %v", err)
 	}
 	if _, err := os.Stat(node.RuntimeDir); !os.IsNotExist(err) {
