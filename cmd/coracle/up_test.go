@@ -1,15 +1,22 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
+	"net"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
 
+	"github.com/gorilla/mux"
+	"github.com/rootless-containers/rootlesskit/v3/pkg/api/client"
+	"github.com/rootless-containers/rootlesskit/v3/pkg/api/router"
 	"github.com/rootless-containers/rootlesskit/v3/pkg/parent"
+	"github.com/rootless-containers/rootlesskit/v3/pkg/port"
 
 	"github.com/coracle-cri/coracle/rootless"
 )
@@ -82,6 +89,31 @@ func TestPortsOfAnEarlierParent(t *testing.T) {
 	}
 	if got := portsSocket(node); got != node.PortsSocket() {
 		t.Errorf("with one: %s", got)
+	}
+}
+
+// A daemon of an earlier version that is started again below this parent knows RootlessKit's socket alone.
+func TestPortsForAnEarlierDaemon(t *testing.T) {
+	r := mux.NewRouter()
+	router.AddRoutes(r, &router.Backend{PortDriver: ownPorts{}})
+	server := httptest.NewUnstartedServer(r)
+	socket := filepath.Join(t.TempDir(), "api.sock")
+	listener, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server.Listener.Close()
+	server.Listener = listener
+	server.Start()
+	defer server.Close()
+	c, err := client.New(socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.HTTPClient().CloseIdleConnections()
+	_, err = c.PortManager().AddPort(context.Background(), port.Spec{Proto: "tcp", ParentPort: 8080, ChildPort: 80})
+	if err == nil || !strings.Contains(err.Error(), "coracle down, then coracle up") {
+		t.Errorf("a port of an earlier daemon: %v", err)
 	}
 }
 
