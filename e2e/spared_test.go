@@ -6,9 +6,47 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
+
+// TestTwoUpsOfOneRuntimeDirectory: of two that start at once with different data directories, which have no lock in common,
+// one lives, and the end of the other takes nothing from it.
+func TestTwoUpsOfOneRuntimeDirectory(t *testing.T) {
+	h := newHome(t)
+	homes := []string{h.mkdir("data-a"), h.mkdir("data-b")}
+	for round := range 6 {
+		var ups [2]result
+		var wg sync.WaitGroup
+		for i := range ups {
+			wg.Go(func() {
+				ups[i] = h.command([]string{"XDG_DATA_HOME=" + homes[i]}, filepath.Join(binDir, "coracle"), "up", "--detach")
+			})
+		}
+		wg.Wait()
+		lost := ups[0].errs + ups[1].errs
+		if (ups[0].code == 0) == (ups[1].code == 0) || !strings.Contains(lost, "is up already") && !strings.Contains(lost, "has the runtime directory") {
+			t.Errorf("round %d: %+v", round, ups)
+		}
+		for _, file := range []string{"node.json", "coracle.sock", "keeper.sock", "ports.sock", "rk/lock", "rk/api.sock"} {
+			if _, err := os.Lstat(h.path("run", "coracle", file)); err != nil {
+				t.Errorf("round %d: %v", round, err)
+			}
+		}
+		if r := h.coracle("status"); r.code != 0 {
+			t.Errorf("round %d: coracle status: %+v", round, r)
+		}
+		for _, data := range homes {
+			if r := h.command([]string{"XDG_DATA_HOME=" + data}, filepath.Join(binDir, "coracle"), "down", "--grace", "0s"); r.code != 0 {
+				t.Errorf("round %d: coracle down: %+v", round, r)
+			}
+		}
+		if _, err := os.Lstat(h.path("run", "coracle")); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("round %d: the runtime directory: %v", round, err)
+		}
+	}
+}
 
 // TestALiveNodeIsSpared: a node that lives is not swept by an up with another data directory, which has another lock,
 // whatever became of the node's record; and down finds it from there too.

@@ -320,5 +320,5 @@ func (n *node) ready() error {
 		}
 		return nil
 	}
-	return errors.New("the node has no default route: the user-mode network is not set up")
+	return errors.New("the node has no default route: the user-mode network is not set up, or is just being started again")
 }

@@ -1,6 +1,7 @@
 package netslirp
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -8,14 +9,15 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
 	"github.com/rootless-containers/rootlesskit/v3/pkg/api"
 	"github.com/rootless-containers/rootlesskit/v3/pkg/messages"
 	"github.com/rootless-containers/rootlesskit/v3/pkg/network"
-	"github.com/rootless-containers/rootlesskit/v3/pkg/network/parentutils"
 	"github.com/rootless-containers/rootlesskit/v3/pkg/network/slirp4netns"
 )
 
@@ -92,7 +94,8 @@ func (s *slirp) Info(context.Context) (*api.NetworkDriverInfo, error) {
 
 // ConfigureNetwork returns when slirp4netns serves. cleanup ends it, and waits for that.
 func (s *slirp) ConfigureNetwork(childPID int, _, netNSPath string) (*messages.ParentInitNetworkDriverCompleted, func() error, error) {
-	if err := parentutils.PrepareTap(childPID, netNSPath, slirpTap); err != nil {
+	tap := tapDevice{"-t", strconv.Itoa(childPID), "-n" + netNSPath, "-m", "-U", "--preserve-credentials", "ip"}
+	if err := tap.run("tuntap", "add", "name", slirpTap, "mode", "tap"); err != nil {
 		return nil, nil, fmt.Errorf("make %s: %w", slirpTap, err)
 	}
 	args := append(s.args, fmt.Sprintf("--userns-path=/proc/%d/ns/user", childPID), "--netns-type=path", netNSPath, slirpTap)
@@ -104,7 +107,7 @@ func (s *slirp) ConfigureNetwork(childPID int, _, netNSPath string) (*messages.P
 		// happened to start it (PR_SET_PDEATHSIG).
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
-		s.supervise(ctx, args, first)
+		s.supervise(ctx, args, tap, first)
 	}()
 	cleanup := func() error {
 		cancel()
@@ -123,9 +126,31 @@ const (
 	slirpMostPause  = 10 * time.Second
 )
 
+// tapDevice is what nsenter needs to run ip in the node.
+type tapDevice []string
+
+func (d tapDevice) run(args ...string) error {
+	out, err := exec.Command("nsenter", append(slices.Clip([]string(d)), args...)...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("run ip %s: %w: %s", strings.Join(args, " "), err, bytes.TrimSpace(out))
+	}
+	return nil
+}
+
+// down lets nothing through until up is called. The kernel takes the default route away with it.
+func (d tapDevice) down() error { return d.run("link", "set", slirpTap, "down") }
+
+func (d tapDevice) up() error {
+	if err := d.run("link", "set", slirpTap, "up"); err != nil {
+		return err
+	}
+	return d.run("route", "replace", "default", "via", slirpGateway, "dev", slirpTap)
+}
+
 // supervise runs slirp4netns until ctx ends, and sends to first what became of the first start. One that ends soon is
-// started again after a pause that grows.
-func (s *slirp) supervise(ctx context.Context, args []string, first chan<- error) {
+// started again after a pause that grows. While one starts, the device is down, since its filter can only be set then: at
+// first it is as it was made, and RootlessKit's child sets it up.
+func (s *slirp) supervise(ctx context.Context, args []string, tap tapDevice, first chan<- error) {
 	program, err := s.start(ctx, args)
 	first <- err
 	if err != nil {
@@ -150,11 +175,25 @@ func (s *slirp) supervise(ctx context.Context, args []string, first chan<- error
 		case <-time.After(pause):
 		}
 		pause = min(2*pause, slirpMostPause)
-		program, err = s.start(ctx, args)
+		program, err = s.startAgain(ctx, args, tap)
 	}
 }
 
-// slirpProgram is a slirp4netns that serves.
+func (s *slirp) startAgain(ctx context.Context, args []string, tap tapDevice) (*slirpProgram, error) {
+	if err := tap.down(); err != nil {
+		return nil, err
+	}
+	program, err := s.start(ctx, args)
+	if err != nil {
+		return nil, err
+	}
+	if err := tap.up(); err != nil {
+		return nil, errors.Join(err, program.cmd.Process.Kill(), program.wait())
+	}
+	return program, nil
+}
+
+// slirpProgram is a slirp4netns that serves once its device is up.
 type slirpProgram struct {
 	cmd    *exec.Cmd
 	filter *tapFilter // nil where this host forbids it

@@ -19,6 +19,8 @@ import (
 	"github.com/rootless-containers/rootlesskit/v3/pkg/port/builtin/opaque"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/coracle-cri/coracle/peercred"
 )
 
 // portChild is the inner half of rootlesskit's builtin port driver: the parent accepts on the host and asks here,
@@ -95,19 +97,11 @@ func (d portChild) RunChildDriver(config map[string]string, quit <-chan struct{}
 
 // ofThisUser refuses everybody but the user who started the node, whom this user namespace knows as its own id.
 func ofThisUser(conn *net.UnixConn) error {
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return err
+	uid, err := peercred.UID(conn)
+	if err == nil && uid != uint32(os.Geteuid()) {
+		err = fmt.Errorf("the socket is for the user who started the node, and not for uid %d", uid)
 	}
-	var peer *unix.Ucred
-	cerr := raw.Control(func(fd uintptr) { peer, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
-	if err := errors.Join(cerr, err); err != nil {
-		return fmt.Errorf("ask who connects: %w", err)
-	}
-	if peer.Uid != uint32(os.Geteuid()) {
-		return fmt.Errorf("the socket is for the user who started the node, and not for uid %d", peer.Uid)
-	}
-	return nil
+	return err
 }
 
 // serve answers one request (rootlesskit's pkg/port/builtin/msg).

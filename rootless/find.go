@@ -12,18 +12,14 @@ import (
 	"strconv"
 	"strings"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // Lives tells whether the node has a parent, whatever became of its record and wherever its data is: RootlessKit's holds a
-// lock in the runtime directory, and then serves its API there.
+// lock in the runtime directory, and then serves its API there. The lock is looked for and not tried: a node that is just
+// starting tries it once, and must not find it taken.
 func (n Node) Lives() bool {
-	if f, err := os.Open(n.parentLock()); err == nil {
-		defer f.Close()
-		if errors.Is(unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB), unix.EWOULDBLOCK) {
-			return true
-		}
+	if len(holders(n.parentLock())) > 0 {
+		return true
 	}
 	conn, err := net.DialTimeout("unix", n.APISocket(), time.Second)
 	if err != nil {
@@ -50,22 +46,8 @@ func (n Node) Find() (Record, error) {
 
 // lockHolder finds another process that has one of a parent's locks; 0 where there is none.
 func (n Node) lockHolder() (pid int, start uint64) {
-	links, err := filepath.Glob("/proc/[0-9]*/fd/*")
-	if err != nil {
-		return 0, 0
-	}
-	var locks []string
-	for _, file := range []string{n.lockFile(), n.parentLock()} {
-		if lock, err := filepath.EvalSymlinks(file); err == nil {
-			locks = append(locks, lock)
-		}
-	}
-	for _, link := range links {
-		if to, err := os.Readlink(link); err != nil || !slices.Contains(locks, to) || !locked(link) {
-			continue
-		}
-		pid, err := strconv.Atoi(strings.Split(link, "/")[2])
-		if err != nil || pid == os.Getpid() {
+	for _, pid := range holders(n.lockFile(), n.parentLock()) {
+		if pid == os.Getpid() {
 			continue
 		}
 		if start, err := pidStart(pid); err == nil {
@@ -73,6 +55,32 @@ func (n Node) lockHolder() (pid int, start uint64) {
 		}
 	}
 	return 0, 0
+}
+
+// holders finds the processes of this user that have one of these files to themselves.
+func holders(files ...string) (pids []int) {
+	var locks []string
+	for _, file := range files {
+		if lock, err := filepath.EvalSymlinks(file); err == nil {
+			locks = append(locks, lock)
+		}
+	}
+	if len(locks) == 0 {
+		return nil
+	}
+	links, err := filepath.Glob("/proc/[0-9]*/fd/*")
+	if err != nil {
+		return nil
+	}
+	for _, link := range links {
+		if to, err := os.Readlink(link); err != nil || !slices.Contains(locks, to) || !locked(link) {
+			continue
+		}
+		if pid, err := strconv.Atoi(strings.Split(link, "/")[2]); err == nil {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
 }
 
 // locked tells whether the descriptor, a path of /proc, has its file to itself (proc_pid_fdinfo(5)): who is only looking

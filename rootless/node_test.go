@@ -2,12 +2,12 @@ package rootless
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"testing"
 
@@ -229,11 +229,12 @@ func TestALockIsHandedOver(t *testing.T) {
 		t.Fatalf("after its end: %v", err)
 	}
 	// As that process takes it: by its descriptor, with no second open.
-	fd, err := unix.Dup(int(again.file.Fd()))
-	if err != nil {
+	data, derr := unix.Dup(int(again.data.Fd()))
+	runtime, rerr := unix.Dup(int(again.runtime.Fd()))
+	if err := errors.Join(derr, rerr); err != nil {
 		t.Fatal(err)
 	}
-	t.Setenv(lockEnv, strconv.Itoa(fd))
+	t.Setenv(lockEnv, fmt.Sprintf("%d,%d", data, runtime))
 	taken, err := n.TryLock()
 	if err != nil || os.Getenv(lockEnv) != "" {
 		t.Fatalf("taken over: %v; the variable is %q", err, os.Getenv(lockEnv))

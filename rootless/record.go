@@ -4,15 +4,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
-	"log/slog"
 	"os"
-	"os/exec"
 	"strconv"
 	"strings"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // recordVersion is the version of the file's shape; a newer one is refused.
@@ -82,89 +77,6 @@ func writeSynced(path string, raw []byte) error {
 	}
 	_, werr := f.Write(raw)
 	return errors.Join(werr, f.Sync(), f.Close())
-}
-
-// ErrUp says that the node runs already.
-var ErrUp = errors.New("the node is up already")
-
-// Lock is held by a node's parent as long as the node lives; the kernel lets go of it when the process dies.
-type Lock struct{ file *os.File }
-
-// TryLock takes the node's lock, ErrUp where another process holds it. The file lies in the data directory,
-// which two nodes never share and which is never swept.
-func (n Node) TryLock() (*Lock, error) {
-	if lock := n.handedOver(); lock != nil {
-		return lock, nil
-	}
-	f, err := n.openLock()
-	if err != nil {
-		return nil, fmt.Errorf("open lock: %w", err)
-	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		f.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, ErrUp
-		}
-		return nil, fmt.Errorf("lock %s: %w", n.lockFile(), err)
-	}
-	return &Lock{file: f}, nil
-}
-
-// openLock mends what keeps the file from being opened. A mode is mended in place, so that whoever has the lock keeps it.
-func (n Node) openLock() (*os.File, error) {
-	path := n.lockFile()
-	open := func() (*os.File, error) { return os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600) }
-	f, err := open()
-	switch {
-	case errors.Is(err, fs.ErrPermission):
-		err = os.Chmod(path, 0o600)
-	case errors.Is(err, unix.EISDIR):
-		aside := path + ".unreadable"
-		slog.Error("lock set aside: it is no file", "path", path, "moved", aside)
-		err = errors.Join(os.RemoveAll(aside), os.Rename(path, aside))
-	default:
-		return f, err
-	}
-	if err != nil {
-		return nil, err
-	}
-	return open()
-}
-
-// lockEnv names the descriptor of a lock that was handed over.
-const lockEnv = "_CORACLE_LOCK_FD"
-
-// HandOver lets cmd, which is not started yet, take the lock by its TryLock. A lock of flock(2) is the open file's,
-// which a child shares: it is held all the way, and Release then lets go of this process's part.
-func (l *Lock) HandOver(cmd *exec.Cmd) {
-	cmd.ExtraFiles = append(cmd.ExtraFiles, l.file)
-	cmd.Env = append(cmd.Environ(), fmt.Sprintf("%s=%d", lockEnv, 2+len(cmd.ExtraFiles)))
-}
-
-// handedOver takes the lock that the process before has handed over, once; nil where there is none.
-func (n Node) handedOver() *Lock {
-	fd, err := strconv.Atoi(os.Getenv(lockEnv))
-	_ = os.Unsetenv(lockEnv) // it is nobody else's; the name is valid
-	if err != nil || fd < 3 {
-		return nil
-	}
-	var ours, theirs unix.Stat_t
-	if unix.Fstat(fd, &theirs) != nil || unix.Stat(n.lockFile(), &ours) != nil || ours.Dev != theirs.Dev || ours.Ino != theirs.Ino {
-		return nil
-	}
-	unix.CloseOnExec(fd)
-	return &Lock{file: os.NewFile(uintptr(fd), n.lockFile())}
-}
-
-// Release lets go of the lock.
-func (l *Lock) Release() error { return l.file.Close() }
-
-// Sweep removes what a node leaves on disk when it dies without ceremony. The caller holds the node's lock.
-func (n Node) Sweep() error {
-	if err := os.RemoveAll(n.RuntimeDir); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("sweep runtime directory: %w", err)
-	}
-	return nil
 }
 
 // pidStart reads field 22 of /proc/PID/stat. The command's name, field 2, may hold blanks and brackets, so the

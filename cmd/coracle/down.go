@@ -92,8 +92,8 @@ func settledRecord(node rootless.Node) (rootless.Record, error) {
 		if !errors.Is(lockErr, rootless.ErrUp) {
 			return record, lockErr
 		}
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return node.Find() // it is not just being written: that is done at once
+		if err != nil && (!errors.Is(err, fs.ErrNotExist) || node.Lives()) {
+			return node.Find() // it is not just being written: that is done at once, and before RootlessKit starts
 		}
 	}
 }
@@ -112,8 +112,11 @@ func sweepDown(node rootless.Node) (swept bool, err error) {
 		return false, explainLock(node, err)
 	}
 	defer func() { err = errors.Join(err, lock.Release()) }()
+	if !lock.HoldsRuntime() {
+		return false, nil // there is nothing, or what another process has just made
+	}
 	_, recordErr := node.ReadRecord()
-	return recordErr == nil, sweep(node)
+	return recordErr == nil, sweep(node, node.Sweep)
 }
 
 // stopContainers gives every running container its stop signal and the grace period, all at once. It is a

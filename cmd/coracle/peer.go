@@ -6,7 +6,7 @@ import (
 	"net"
 	"os"
 
-	"github.com/coracle-cri/coracle/ctr/wire"
+	"github.com/coracle-cri/coracle/peercred"
 )
 
 // ownListener gives connections of this process's own user only, as its user namespace sees who connected
@@ -24,7 +24,7 @@ func (l ownListener) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		uid, err := wire.NewConn(conn).PeerUID()
+		uid, err := peercred.UID(conn)
 		if err == nil && uid == uint32(os.Geteuid()) {
 			return conn, nil
 		}

@@ -37,7 +37,9 @@ func (p ownPorts) RunParentDriver(ready chan struct{}, quit <-chan struct{}, chi
 	return p.ParentDriver.RunParentDriver(ready, quit, child)
 }
 
-var errOwnPorts = errors.New("ports are published by the node alone")
+// errOwnPorts is what a daemon of an earlier version is told, too, which was started again below this parent.
+var errOwnPorts = errors.New("ports are published by the node alone; where a container needs one, its daemon is of an earlier version than " +
+	"the node: start the node again (coracle down, then coracle up)")
 
 // AddPort, ListPorts and RemovePort are what RootlessKit's own socket gives.
 func (ownPorts) AddPort(context.Context, port.Spec) (*port.Status, error) { return nil, errOwnPorts }

@@ -93,10 +93,7 @@ func claim(c config, node rootless.Node) (*rootless.Lock, error) {
 	if err := preflight(c); err != nil {
 		return nil, err
 	}
-	if err := node.MakeDirs(); err != nil {
-		return nil, err
-	}
-	lock, err := node.TryLock()
+	lock, err := takeLock(node)
 	if err != nil {
 		return nil, explainLock(node, err)
 	}
@@ -106,15 +103,39 @@ func claim(c config, node rootless.Node) (*rootless.Lock, error) {
 	return lock, nil
 }
 
-// refuseLive is for who holds the lock, which is that of the data directory: a node that lives here with another one is not
-// to be swept, whether its record can be read or not.
+// takeLock waits for who only looks or sweeps, as `coracle down` does, or has just removed the directories.
+func takeLock(node rootless.Node) (*rootless.Lock, error) {
+	for deadline := time.Now().Add(sweepTimeout); ; time.Sleep(10 * time.Millisecond) {
+		if err := node.MakeDirs(); err != nil {
+			return nil, err
+		}
+		lock, err := node.TryLock()
+		if err == nil && lock.HoldsRuntime() {
+			return lock, nil
+		}
+		if err == nil {
+			err = errors.Join(rootless.ErrUpElsewhere, lock.Release())
+		}
+		if !errors.Is(err, rootless.ErrUp) || lives(node) || time.Now().After(deadline) {
+			return nil, err
+		}
+	}
+}
+
+// lives tells whether somebody is the node's parent.
+func lives(node rootless.Node) bool {
+	record, err := node.ReadRecord()
+	return err == nil && record.Alive() || node.Lives()
+}
+
+// refuseLive is for who holds the lock: a node of an earlier version, which locks its data directory alone, may live here with
+// another one, and is not to be swept, whether its record can be read or not.
 func refuseLive(node rootless.Node) error {
 	record, err := node.ReadRecord()
-	if err == nil && record.PID == os.Getpid() || (err != nil || !record.Alive()) && !node.Lives() {
+	if err == nil && record.PID == os.Getpid() || !lives(node) {
 		return nil
 	}
-	return fmt.Errorf("%w; it was started with another XDG_DATA_HOME than yours, so that its images are not in %s",
-		explainLock(node, rootless.ErrUp), node.DataDir)
+	return explainLock(node, rootless.ErrUpElsewhere)
 }
 
 // runNode is the parent role: it holds the node's lock, cgroup and record for as long as the node lives, and
@@ -139,7 +160,7 @@ func runNode(c config, node rootless.Node, out io.Writer) (err error) {
 
 // runLocked takes over from a dead predecessor, finds a cgroup, and is the node's parent until the node ends.
 func runLocked(interrupted context.Context, c config, node rootless.Node, out io.Writer) (err error) {
-	if err := sweep(node); err != nil {
+	if err := sweep(node, node.Empty); err != nil {
 		return err
 	}
 	delegation, err := cgroupv2.Find()
@@ -152,7 +173,7 @@ func runLocked(interrupted context.Context, c config, node rootless.Node, out io
 	if err := node.MakeDirs(); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, clearRuntime(node)) }()
+	defer func() { err = errors.Join(err, clearRuntime(node, node.Sweep)) }()
 
 	record := rootless.Record{Program: version, Driver: c.Network.Driver,
 		CgroupFound: delegation.Sentence, CgroupHint: delegation.Hint, CgroupAttempts: delegation.Attempts}
@@ -197,8 +218,8 @@ func runLocked(interrupted context.Context, c config, node rootless.Node, out io
 }
 
 // sweep removes what an earlier life of the node left when it was killed: its cgroup, which the record names
-// whoever sweeps, then the runtime directory with the record. The caller holds the lock.
-func sweep(node rootless.Node) error {
+// whoever sweeps, then the runtime directory with the record, or what is in it. The caller holds the lock.
+func sweep(node rootless.Node, remove func() error) error {
 	if err := refuseLive(node); err != nil {
 		return err
 	}
@@ -219,28 +240,36 @@ func sweep(node rootless.Node) error {
 	if err != nil {
 		slog.Warn("a dead node's cgroup may be left", "node", node.Name, "err", err)
 	}
-	return clearRuntime(node)
+	return clearRuntime(node, remove)
 }
 
-// clearRuntime removes the runtime directory of a node that is dead, and keeps what the keeper has recorded of
-// containers: the daemon may have died before it could.
-func clearRuntime(node rootless.Node) error {
+// clearRuntime removes the runtime directory of a node that is dead, or what is in it, and keeps what the keeper has recorded
+// of containers: the daemon may have died before it could.
+func clearRuntime(node rootless.Node, remove func() error) error {
 	if err := pod.SaveHistory(node.RuntimeDir, node.DataDir, slog.Default()); err != nil {
 		slog.Warn("exit codes of containers may be lost", "node", node.Name, "err", err)
 	}
-	return node.Sweep()
+	return remove()
 }
 
 func explainLock(node rootless.Node, err error) error {
 	if !errors.Is(err, rootless.ErrUp) {
 		return err
 	}
-	if record, rerr := node.ReadRecord(); (rerr != nil || !record.Alive()) && !node.Lives() {
+	elsewhere := errors.Is(err, rootless.ErrUpElsewhere)
+	switch living := lives(node); {
+	case !living && elsewhere:
+		return fmt.Errorf("another process has the runtime directory of node %s (%s): it is just starting or ending there", node.Name, node.RuntimeDir)
+	case !living:
 		return fmt.Errorf("another process holds node %s (%s) and is not in %s: it is just starting or ending, or was started with another XDG_RUNTIME_DIR; set that as it was then, or choose another --name",
 			node.Name, node.DataDir, node.RuntimeDir)
 	}
-	return fmt.Errorf("node %s is up already; to use it, run: export CONTAINER_RUNTIME_ENDPOINT=%s; to stop it, run: coracle down%s",
+	text := fmt.Sprintf("node %s is up already; to use it, run: export CONTAINER_RUNTIME_ENDPOINT=%s; to stop it, run: coracle down%s",
 		node.Name, node.Endpoint(), nameFlag(node))
+	if elsewhere {
+		text += "; it was started with another XDG_DATA_HOME than yours, so that its images are not in " + node.DataDir
+	}
+	return errors.New(text)
 }
 
 // announce tells the user that the CRI answers.

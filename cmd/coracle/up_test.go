@@ -1,20 +1,27 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
+	"net"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
 
+	"github.com/gorilla/mux"
+	"github.com/rootless-containers/rootlesskit/v3/pkg/api/client"
+	"github.com/rootless-containers/rootlesskit/v3/pkg/api/router"
 	"github.com/rootless-containers/rootlesskit/v3/pkg/parent"
+	"github.com/rootless-containers/rootlesskit/v3/pkg/port"
 
 	"github.com/coracle-cri/coracle/rootless"
 )
 
-// The lock is the data directory's: a node that was started with another XDG_DATA_HOME holds another one.
+// A node of an earlier version holds the lock of its data directory alone.
 func TestASweepSparesALiveNode(t *testing.T) {
 	node := rootless.Node{Name: "n", RuntimeDir: t.TempDir(), DataDir: t.TempDir()}
 	record := filepath.Join(node.RuntimeDir, "node.json")
@@ -39,7 +46,7 @@ func TestASweepSparesALiveNode(t *testing.T) {
 	}
 	started := startOf(t, os.Getppid())
 	write(func(r *rootless.Record) { r.PID, r.PIDStart = os.Getppid(), started })
-	if err := sweep(node); err == nil || !strings.Contains(err.Error(), "is up already") || !strings.Contains(err.Error(), "XDG_DATA_HOME") {
+	if err := sweep(node, node.Sweep); err == nil || !strings.Contains(err.Error(), "is up already") || !strings.Contains(err.Error(), "XDG_DATA_HOME") {
 		t.Errorf("sweep of a live node: %v", err)
 	}
 	if _, err := os.Stat(record); err != nil {
@@ -53,7 +60,7 @@ func TestASweepSparesALiveNode(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := sweep(node); err == nil || !strings.Contains(err.Error(), "is up already") || !strings.Contains(err.Error(), "XDG_DATA_HOME") {
+	if err := sweep(node, node.Sweep); err == nil || !strings.Contains(err.Error(), "is up already") || !strings.Contains(err.Error(), "XDG_DATA_HOME") {
 		t.Errorf("sweep of a live node without its record: %v", err)
 	}
 	if _, err := os.Stat(record); err != nil {
@@ -63,7 +70,7 @@ func TestASweepSparesALiveNode(t *testing.T) {
 		t.Fatal(err)
 	}
 	write(func(r *rootless.Record) { r.PID, r.PIDStart = os.Getppid(), started+1 })
-	if err := sweep(node); err != nil {
+	if err := sweep(node, node.Sweep); err != nil {
 		t.Errorf("sweep of a dead node whose pid is another's: %v", err)
 	}
 	if _, err := os.Stat(node.RuntimeDir); !os.IsNotExist(err) {
@@ -82,6 +89,31 @@ func TestPortsOfAnEarlierParent(t *testing.T) {
 	}
 	if got := portsSocket(node); got != node.PortsSocket() {
 		t.Errorf("with one: %s", got)
+	}
+}
+
+// A daemon of an earlier version that is started again below this parent knows RootlessKit's socket alone.
+func TestPortsForAnEarlierDaemon(t *testing.T) {
+	r := mux.NewRouter()
+	router.AddRoutes(r, &router.Backend{PortDriver: ownPorts{}})
+	server := httptest.NewUnstartedServer(r)
+	socket := filepath.Join(t.TempDir(), "api.sock")
+	listener, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server.Listener.Close()
+	server.Listener = listener
+	server.Start()
+	defer server.Close()
+	c, err := client.New(socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.HTTPClient().CloseIdleConnections()
+	_, err = c.PortManager().AddPort(context.Background(), port.Spec{Proto: "tcp", ParentPort: 8080, ChildPort: 80})
+	if err == nil || !strings.Contains(err.Error(), "coracle down, then coracle up") {
+		t.Errorf("a port of an earlier daemon: %v", err)
 	}
 }
 

@@ -52,16 +52,23 @@ func openBeneath(dir, path string) (*os.File, error) {
 	}
 	defer unix.Close(at)
 	how := unix.OpenHow{Flags: logFlags, Mode: logMode, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS}
-	for {
+	for again := 0; ; {
 		fd, err := unix.Openat2(at, name, &how)
 		switch {
 		case err == nil:
 			return os.NewFile(uintptr(fd), path), nil
-		case !errors.Is(err, unix.EINTR) && !errors.Is(err, unix.EAGAIN): // a rename came between (openat2(2))
+		case errors.Is(err, unix.EINTR):
+		case errors.Is(err, unix.EAGAIN) && again < logRaces:
+			again++
+		default:
 			return nil, &fs.PathError{Op: "open", Path: path, Err: err}
 		}
 	}
 }
+
+// logRaces bounds how often a rename may come between (openat2(2)): a lease on the file (fcntl(2)), which a container can
+// take, gives the same error for as long as it is held.
+const logRaces = 8
 
 // belowLogDir returns the way from dir to path.
 func belowLogDir(dir, path string) (string, error) {
@@ -81,6 +88,8 @@ func replaced(dir, path string, err error) error {
 		return fmt.Errorf("%w: %s is a symbolic link, which is not followed", wire.ErrLogReplaced, path)
 	case errors.Is(err, unix.EISDIR), errors.Is(err, unix.ENXIO):
 		return fmt.Errorf("%w: %s is no regular file", wire.ErrLogReplaced, path)
+	case errors.Is(err, unix.EAGAIN):
+		return fmt.Errorf("%w: another process keeps %s from being opened, by a lease or by moving what leads to it", wire.ErrLogReplaced, path)
 	case dir != "" && errors.Is(err, unix.ENOTDIR):
 		return fmt.Errorf("%w: on the way from %s to %s is something else than directories", wire.ErrLogReplaced, dir, path)
 	}

@@ -156,9 +156,43 @@ func TestALogStaysInItsDirectoryWhileItIsExchanged(t *testing.T) {
 	}
 	close(stop)
 	swapper.Wait()
-	t.Logf("%d opened, %d refused", opened, refused)
+	if opened == 0 || refused == 0 {
+		t.Errorf("nothing is proved: %d opened, %d refused", opened, refused)
+	}
 	n.delete("c1") // all lines are written
 	p.untouched(t)
+}
+
+// TestALogThatIsLeasedIsRefused: who has a lease on a file can let every open of it wait.
+func TestALogThatIsLeasedIsRefused(t *testing.T) {
+	n := newNode(t)
+	p := newLogPlace(t, n)
+	ctx := context.Background()
+	n.create("c1", sh("while :; do echo line; sleep 0.01; done"), p.of)
+	n.start("c1")
+	if err := os.Rename(p.log, p.log+".1"); err != nil {
+		t.Fatal(err)
+	}
+	leased, err := os.Create(p.log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer leased.Close()
+	if _, err := unix.FcntlInt(leased.Fd(), unix.F_SETLEASE, unix.F_WRLCK); err != nil {
+		t.Fatal(err)
+	}
+	for _, dir := range []string{p.logs, ""} {
+		if err := n.ReopenLog(ctx, "c1", dir); !errors.Is(err, ctr.ErrLogReplaced) || !strings.Contains(err.Error(), "lease") {
+			t.Errorf("reopen below %q: %v", dir, err)
+		}
+	}
+	if err := leased.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.ReopenLog(ctx, "c1", p.logs); err != nil || !n.growing(p.log) {
+		t.Errorf("reopen without the lease: %v", err)
+	}
+	n.delete("c1")
 }
 
 // TestALogOfADaemonOfBefore: it names no directory, and its logs are opened by their path alone. A daemon that does protects

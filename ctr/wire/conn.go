@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/coracle-cri/coracle/peercred"
 )
 
 const (
@@ -152,23 +154,7 @@ func (c *Conn) AwaitClose() {
 }
 
 // PeerUID returns the peer's effective user id when it connected, as this user namespace sees it.
-func (c *Conn) PeerUID() (uint32, error) {
-	raw, err := c.unix.SyscallConn()
-	if err != nil {
-		return 0, fmt.Errorf("get peer credentials: %w", err)
-	}
-	var cred *unix.Ucred
-	var cerr error
-	if err := raw.Control(func(fd uintptr) {
-		cred, cerr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-	}); err != nil {
-		return 0, fmt.Errorf("get peer credentials: %w", err)
-	}
-	if cerr != nil {
-		return 0, fmt.Errorf("get peer credentials: %w", cerr)
-	}
-	return cred.Uid, nil
-}
+func (c *Conn) PeerUID() (uint32, error) { return peercred.UID(c.unix) }
 
 func filesOf(control []byte) ([]*os.File, error) {
 	if len(control) == 0 {
