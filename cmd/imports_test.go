@@ -57,7 +57,7 @@ var onlyIn = map[string]string{
 var testOnly = []string{module + "/rootless/nstest", module + "/images/protofuzz"}
 
 // anywhere may be imported by every package, and imports nothing of ours: the first is nothing outside of tests.
-var anywhere = []string{module + "/e2e/crash", module + "/peercred"}
+var anywhere = []string{module + "/e2e/crash", module + "/rootless/peercred"}
 
 // pkg is what `go list` says of a package's non-test files: direct imports, and everything reached by them.
 type pkg struct {
@@ -203,7 +203,7 @@ func TestImportStarSees(t *testing.T) {
 		{from: "e2e/fixture", to: module + "/pod", bad: true},
 		{from: "cmd/coracle", to: module + "/e2e", bad: true},
 		{from: "e2e/crash", to: module + "/pod", bad: true},
-		{from: "peercred", to: module + "/pod", bad: true},
+		{from: "rootless/peercred", to: module + "/pod", bad: true},
 		{from: "ctr", to: module + "/ctr/keeper", bad: true},
 		{from: "ctr/keeper", to: module + "/ctr", bad: true},
 		{from: "ctr/wire", to: module + "/ctr/keeper", bad: true},

@@ -20,7 +20,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"github.com/coracle-cri/coracle/peercred"
+	"github.com/coracle-cri/coracle/rootless/peercred"
 )
 
 // portChild is the inner half of rootlesskit's builtin port driver: the parent accepts on the host and asks here,

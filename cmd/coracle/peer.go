@@ -6,7 +6,7 @@ import (
 	"net"
 	"os"
 
-	"github.com/coracle-cri/coracle/peercred"
+	"github.com/coracle-cri/coracle/rootless/peercred"
 )
 
 // ownListener gives connections of this process's own user only, as its user namespace sees who connected

@@ -13,7 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/coracle-cri/coracle/peercred"
+	"github.com/coracle-cri/coracle/rootless/peercred"
 )
 
 const (
