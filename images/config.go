@@ -165,6 +165,6 @@ type waits struct {
 // defaultWaits has a least rate of 1.1 KB/s. Three layers that come at once over a mobile line of the worst kind, GPRS at
 // some 40 kbit/s, get 1.7 each; and where each gets less, it is what they get together that counts. A server that trickles
 // is given up, and whoever waits behind it waits for no more than that. A document is not resumed, and pays for nothing before
-// it is whole: it comes at any rate that takes less than the patience, a usual one of 10 KB at 20 bytes a second.
+// it is whole: it comes at any rate over 17 bytes a second, a usual one of 10 KB at 20 bytes a second.
 var defaultWaits = waits{dial: 30 * time.Second, header: time.Minute, stall: time.Minute, least: 64 << 10, patience: 10 * time.Minute,
 	backoff: 500 * time.Millisecond, maxBackoff: 15 * time.Second, retryAfter: time.Minute, settle: 2 * time.Second, resync: time.Minute}

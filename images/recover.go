@@ -153,8 +153,10 @@ func (s *Store) loadLayers(newer *bool) (stale []string, err error) {
 		}
 		if err != nil {
 			if s.keep(e.Name()) {
-				if err := s.putAside(dir, err); err != nil {
-					return nil, err
+				if perr := s.putAside(dir, err); noRoom(perr) {
+					s.log.Error("layer is not served, and stays where it is for want of room", "path", dir, "error", err)
+				} else if perr != nil {
+					return nil, perr
 				}
 				continue
 			}

@@ -226,6 +226,9 @@ func classify(err error) error {
 	if errors.Is(err, errStall) { // it shows as a cancelled request
 		return ErrUnavailable
 	}
+	if err != nil && strings.Contains(err.Error(), "refusing token-server redirect") { // the library's, without a type
+		return errMisled
+	}
 	for _, class := range []error{ErrClosed, context.Canceled, context.DeadlineExceeded, ErrDigest, errMisled, ErrRefused, ErrUnavailable} {
 		if errors.Is(err, class) {
 			return class

@@ -78,7 +78,7 @@ const (
 )
 
 // slirp is the outer half of the driver: as rootlesskit's, but that it starts slirp4netns again when it ends. The
-// TAP device, its address and its routes are the node's and stay; connections through it are lost.
+// TAP device and its address are the node's and stay, and its default route is set again; connections through it are lost.
 type slirp struct {
 	cfg  DriverConfig
 	args []string

@@ -8,7 +8,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -57,12 +56,15 @@ func (n Node) lockHolder() (pid int, start uint64) {
 	return 0, 0
 }
 
-// holders finds the processes of this user that have one of these files to themselves.
+// holders finds the processes of this user that have one of these files to themselves. By its name in /proc alone a file may
+// be another's, in a container that has such a directory, too.
 func holders(files ...string) (pids []int) {
-	var locks []string
+	locks := map[string]os.FileInfo{}
 	for _, file := range files {
 		if lock, err := filepath.EvalSymlinks(file); err == nil {
-			locks = append(locks, lock)
+			if info, err := os.Stat(lock); err == nil {
+				locks[lock] = info
+			}
 		}
 	}
 	if len(locks) == 0 {
@@ -73,7 +75,11 @@ func holders(files ...string) (pids []int) {
 		return nil
 	}
 	for _, link := range links {
-		if to, err := os.Readlink(link); err != nil || !slices.Contains(locks, to) || !locked(link) {
+		to, err := os.Readlink(link)
+		if err != nil || locks[to] == nil || !locked(link) {
+			continue
+		}
+		if info, err := os.Stat(link); err != nil || !os.SameFile(info, locks[to]) {
 			continue
 		}
 		if pid, err := strconv.Atoi(strings.Split(link, "/")[2]); err == nil {

@@ -153,9 +153,9 @@ func (n Node) Sweep() error {
 	return nil
 }
 
-// Empty is Sweep for who goes on: the directory itself, which is locked, stays. A link to one is removed.
+// Empty is Sweep for who goes on: the directory itself, which is locked, stays, as does a link to it.
 func (n Node) Empty() error {
-	if info, err := os.Lstat(n.RuntimeDir); err != nil || !info.IsDir() {
+	if info, err := os.Stat(n.RuntimeDir); err != nil || !info.IsDir() {
 		return n.Sweep()
 	}
 	entries, err := os.ReadDir(n.RuntimeDir)

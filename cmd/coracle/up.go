@@ -106,7 +106,11 @@ func claim(c config, node rootless.Node) (*rootless.Lock, error) {
 // takeLock waits for who only looks or sweeps, as `coracle down` does, or has just removed the directories.
 func takeLock(node rootless.Node) (*rootless.Lock, error) {
 	for deadline := time.Now().Add(sweepTimeout); ; time.Sleep(10 * time.Millisecond) {
-		if err := node.MakeDirs(); err != nil {
+		err := node.MakeDirs()
+		if errors.Is(err, fs.ErrNotExist) && time.Now().Before(deadline) {
+			continue // it went while it was made
+		}
+		if err != nil {
 			return nil, err
 		}
 		lock, err := node.TryLock()
