@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -30,16 +31,26 @@ func TestFullDisk(t *testing.T) {
 }
 
 // TestQuota is the same where it is not the disk that is full, but the user's quota. The runtime directory is in memory, as
-// /run/user is.
+// /run/user is, and so is the node's log, which would find no room to say why.
 func TestQuota(t *testing.T) {
 	if !box.Inside() {
-		box.Run(t, box.Host{Tmp: nstest.QuotaDir(t)})
+		tmp, err := os.MkdirTemp(nstest.QuotaDir(t), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := box.RemoveAll(tmp); err != nil {
+				t.Error(err)
+			}
+			nstest.Settle(t, filepath.Dir(tmp))
+		})
+		box.Run(t, box.Host{Tmp: tmp})
 		return
 	}
 	fullDisk(t, newHomeInMemory)
 }
 
-// newHomeInMemory is a home whose runtime directory is a symbolic link to one in memory.
+// newHomeInMemory is a home whose runtime directory is a symbolic link to one in memory, as is the log of its first node.
 func newHomeInMemory(t *testing.T) *home {
 	t.Helper()
 	h := newHome(t)
@@ -47,7 +58,8 @@ func newHomeInMemory(t *testing.T) *home {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(os.Remove(h.path("run")), os.Symlink(run, h.path("run"))); err != nil {
+	err = errors.Join(os.Remove(h.path("run")), os.Symlink(run, h.path("run")), os.Symlink(filepath.Join(run, "node.log"), h.path("node-default-1.log")))
+	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {

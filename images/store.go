@@ -127,7 +127,11 @@ func makeRoot(root string) (string, error) {
 	}
 	// The layers hold setuid programs that outside of the user namespace are the user's own: nobody else on the
 	// machine may get at them.
-	if err := os.Chmod(abs, 0o700); err != nil {
+	info, err := os.Stat(abs)
+	if err == nil && info.Mode().Perm() != 0o700 { // a change of nothing may find no room, where a quota is used up
+		err = os.Chmod(abs, 0o700)
+	}
+	if err != nil {
 		return "", fmt.Errorf("open image store: %w", err)
 	}
 	resolved, err := filepath.EvalSymlinks(abs)
