@@ -103,26 +103,21 @@ release() {
 # quota makes a filesystem on which the user has a quota, for the tests of its end, and prints where: each package that has
 # such tests has a directory of its name there. Prints nothing where this root may not mount, or the kernel has no btrfs.
 quota() {
-	local at=/var/lib/$TEST_USER.quota package
+	local at=/var/lib/$TEST_USER.quota
 	end_quota
-	(
-		set -e
-		mkdir -p "$at/mnt"
-		truncate -s 512M "$at/image"
-		mkfs.btrfs -q "$at/image"
-		mount -o loop "$at/image" "$at/mnt"
-		btrfs quota enable "$at/mnt"
-		for package in e2e images pod; do
-			btrfs subvolume create "$at/mnt/$package"
-			btrfs qgroup limit 32M "$at/mnt/$package"
-			chown "$TEST_USER:$TEST_USER" "$at/mnt/$package"
-		done
-	) >/dev/null 2>&1 || {
+	# By && and not by set -e, which holds nothing where a status is asked for: without the mount, what follows would be done
+	# to the host's own filesystem.
+	{
+		mkdir -p "$at/mnt" && truncate -s 512M "$at/image" && mkfs.btrfs -q "$at/image" && mount -o loop "$at/image" "$at/mnt" &&
+			btrfs quota enable "$at/mnt" && quota_of "$at/mnt/e2e" && quota_of "$at/mnt/images" && quota_of "$at/mnt/pod"
+	} >/dev/null 2>&1 || {
 		end_quota
 		return 0
 	}
 	echo "$at/mnt"
 }
+
+quota_of() { btrfs subvolume create "$1" && btrfs qgroup limit 32M "$1" && chown "$TEST_USER:$TEST_USER" "$1"; }
 
 # end_quota removes that filesystem, and one that a run has left which was killed.
 end_quota() {
