@@ -78,7 +78,7 @@ func run(args []string) error {
 	if err != nil {
 		return err
 	}
-	threads.Keep(spareThreads)
+	threads.Keep(threads.Spare)
 	settle.InQuiet(log)
 	return k.Run(ctx)
 }
@@ -105,6 +105,3 @@ func received() (*keeper.Handover, error) {
 	}
 	return nil, keeper.LeaveKeyring()
 }
-
-// spareThreads are kept in store for the time when a container leaves none to the node.
-const spareThreads = 16

@@ -134,7 +134,7 @@ func (s servers) serve(ctx context.Context, node rootless.Node, ready *readiness
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(gcPercent)
 	}
-	threads.Keep(spareThreads)
+	threads.Keep(threads.Spare)
 	settle.InQuiet(log)
 	log.Info("serving", "endpoint", node.Endpoint(), "version", version, "pid", os.Getpid())
 	select {

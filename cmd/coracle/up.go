@@ -215,7 +215,7 @@ func runLocked(interrupted context.Context, c config, node rootless.Node, out io
 	if err := passNohup(); err != nil {
 		return err
 	}
-	threads.Keep(spareThreads)
+	threads.Keep(threads.Spare)
 	settle.InQuiet(slog.Default())
 	return node.RunParent(rootless.ParentOptions{Network: networkDriver, Ports: ownPorts{portDriver, node.PortsSocket()},
 		Evacuate: delegation.Path != "", Debug: c.Log.Level == "debug"})
@@ -386,11 +386,8 @@ func runChild(s *settings, c config, node rootless.Node) error {
 	}
 	command = append(command, "--", self, "daemon")
 	command = append(command, s.args(c)...)
-	threads.Keep(spareThreads)
+	threads.Keep(threads.Spare)
 	settle.InQuiet(slog.Default())
 	return rootless.RunChild(rootless.ChildOptions{Network: networkDriver, Ports: portDriver, CopyUp: c.CopyUp,
 		Command: command, Debug: c.Log.Level == "debug"})
 }
-
-// spareThreads are what each process of a node keeps in store for the time when a container leaves it none.
-const spareThreads = 16

@@ -7,6 +7,9 @@ import (
 	"sync"
 )
 
+// Spare is how many each process of a node keeps.
+const Spare = 16
+
 // Keep makes threads until there are as many besides this one. The runtime never ends an idle thread, and makes a new one
 // only where none is idle.
 func Keep(count int) {
