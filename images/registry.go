@@ -110,12 +110,8 @@ func (s *Store) connect(ctx context.Context, at endpoint, auth *Auth, retries in
 	inner := &retrier{next: &witness{next: guarded, secret: r.secret}, patience: p, retries: retries}
 	rt, err := transport.NewWithContext(ctx, repo.Registry, authn.FromConfig(creds), inner, []string{repo.Scope(transport.PullScope)})
 	if err != nil {
-		if classify(err) == nil { // a handshake that makes no sense, or leads where the library does not go
-			class := ErrUnavailable
-			if strings.Contains(err.Error(), "invalid realm") {
-				class = errMisled
-			}
-			err = fmt.Errorf("%w: %w", class, err)
+		if classify(err) == nil { // a handshake that makes no sense
+			err = fmt.Errorf("%w: %w", ErrUnavailable, err)
 		}
 		return nil, r.failed("connect", err)
 	}
@@ -226,9 +222,6 @@ func classify(err error) error {
 	if errors.Is(err, errStall) { // it shows as a cancelled request
 		return ErrUnavailable
 	}
-	if err != nil && strings.Contains(err.Error(), "refusing token-server redirect") { // the library's, without a type
-		return errMisled
-	}
 	for _, class := range []error{ErrClosed, context.Canceled, context.DeadlineExceeded, ErrDigest, errMisled, ErrRefused, ErrUnavailable} {
 		if errors.Is(err, class) {
 			return class
@@ -245,6 +238,9 @@ func classify(err error) error {
 			return ErrUnavailable
 		}
 		return nil
+	}
+	if err != nil && (strings.Contains(err.Error(), "invalid realm") || strings.Contains(err.Error(), "refusing token-server redirect")) {
+		return errMisled // the library's, which have no type: it does not go where it is led
 	}
 	var uerr *url.Error
 	if errors.As(err, &uerr) || retryableError(err) {

@@ -24,20 +24,7 @@ import (
 func farHub(t *testing.T, cfg Config) (*hub, *Store) {
 	t.Helper()
 	h := &hub{}
-	h.Server = httptest.NewUnstartedServer(h.handler())
-	h.Listener.Close()
-	var err error
-	if h.Listener, err = net.Listen("tcp", farAddress+":0"); err != nil {
-		t.Fatal(err)
-	}
-	h.Config.ErrorLog = discardLog
-	h.StartTLS()
-	t.Cleanup(h.Close)
-	_, port, err := net.SplitHostPort(h.Listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	h.host = "example.com:" + port
+	h.serveFar(t, "example.com", true, h.handler())
 	ca := filepath.Join(t.TempDir(), "ca.pem")
 	if err := os.WriteFile(ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: h.Certificate().Raw}), 0o644); err != nil {
 		t.Fatal(err)
@@ -47,6 +34,32 @@ func farHub(t *testing.T, cfg Config) (*hub, *Store) {
 	}
 	cfg.Registries[h.host] = RegistryConfig{CAFile: ca}
 	return h, openStore(t, cfg)
+}
+
+// serveFar serves a hub at an address that is nobody's own, by a name that leads there.
+func (h *hub) serveFar(t *testing.T, name string, withTLS bool, handler http.Handler) {
+	t.Helper()
+	h.Server = httptest.NewUnstartedServer(handler)
+	h.Listener.Close()
+	var err error
+	if h.Listener, err = net.Listen("tcp", farAddress+":0"); err != nil {
+		t.Fatal(err)
+	}
+	h.Config.ErrorLog = discardLog
+	scheme := "http://"
+	if withTLS {
+		h.StartTLS()
+		scheme = "https://"
+	} else {
+		h.Start()
+	}
+	t.Cleanup(h.Close)
+	_, port, err := net.SplitHostPort(h.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.host = name + ":" + port
+	h.URL = scheme + h.host
 }
 
 // trap is a server that nobody may connect to; where it is reached at another address, give that.

@@ -3,11 +3,12 @@ package images
 import (
 	"context"
 	"errors"
-	"net"
 	"net/http"
-	"net/http/httptest"
+	"net/url"
 	"strings"
 	"testing"
+
+	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 )
 
 // farServer is at an address that is nobody's own, as far.example, with a certificate that nobody vouches for, or none. It
@@ -15,7 +16,7 @@ import (
 func farServer(t *testing.T, of *hub, withTLS bool) *hub {
 	t.Helper()
 	h := &hub{}
-	h.Server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	h.serveFar(t, "far.example", withTLS, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h.mu.Lock()
 		h.requests = append(h.requests, r.Method+" "+r.URL.Path+" "+r.Header.Get("Authorization"))
 		h.mu.Unlock()
@@ -30,26 +31,6 @@ func farServer(t *testing.T, of *hub, withTLS bool) *hub {
 		r.Header.Set("X-Far", "yes")
 		of.Config.Handler.ServeHTTP(w, r)
 	}))
-	h.Listener.Close()
-	var err error
-	if h.Listener, err = net.Listen("tcp", farAddress+":0"); err != nil {
-		t.Fatal(err)
-	}
-	h.Config.ErrorLog = discardLog
-	scheme := "http://"
-	if withTLS {
-		h.StartTLS()
-		scheme = "https://"
-	} else {
-		h.Start()
-	}
-	t.Cleanup(h.Close)
-	_, port, err := net.SplitHostPort(h.Listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	h.host = "far.example:" + port
-	h.URL = scheme + h.host
 	return h
 }
 
@@ -227,7 +208,7 @@ func exampleServer(t *testing.T) *hub {
 	t.Helper()
 	h := &hub{}
 	inner := h.handler()
-	h.Server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	h.serveFar(t, "example.com", true, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if body := r.FormValue("refresh_token"); body != "" {
 			h.mu.Lock()
 			h.requests = append(h.requests, r.URL.Path+" "+body)
@@ -235,18 +216,19 @@ func exampleServer(t *testing.T) *hub {
 		}
 		inner.ServeHTTP(w, r)
 	}))
-	h.Listener.Close()
-	var err error
-	if h.Listener, err = net.Listen("tcp", farAddress+":0"); err != nil {
-		t.Fatal(err)
-	}
-	h.Config.ErrorLog = discardLog
-	h.StartTLS()
-	t.Cleanup(h.Close)
-	_, port, err := net.SplitHostPort(h.Listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	h.host = "example.com:" + port
 	return h
+}
+
+// TestTheLibrarysOwnRefusals: where the library does not follow, it says so without a type. What a registry writes into the
+// body of an error is no such word.
+func TestTheLibrarysOwnRefusals(t *testing.T) {
+	for _, said := range []string{"refusing token-server redirect from https to http", "invalid realm"} {
+		if err := classify(&url.Error{Op: "Get", URL: "https://example.com/token", Err: errors.New(said)}); !errors.Is(err, errMisled) {
+			t.Errorf("%s: %v", said, err)
+		}
+		answer := &transport.Error{StatusCode: http.StatusServiceUnavailable, Errors: []transport.Diagnostic{{Message: said}}}
+		if err := classify(answer); err != ErrUnavailable {
+			t.Errorf("%s, by the registry: %v", said, err)
+		}
+	}
 }
