@@ -15,7 +15,6 @@ type slots struct {
 
 	mu    sync.Mutex
 	hosts map[string]*hostSlots
-	taken int // in all
 }
 
 type hostSlots struct {
@@ -28,10 +27,8 @@ func (s *slots) take(ctx context.Context, host string) (release func(), err erro
 	h := s.join(host)
 	select {
 	case h.tokens <- struct{}{}:
-		s.count(1)
 		return func() {
 			<-h.tokens
-			s.count(-1)
 			s.leave(host, h)
 		}, nil
 	case <-ctx.Done():
@@ -63,15 +60,14 @@ func (s *slots) leave(host string, h *hostSlots) {
 	}
 }
 
-func (s *slots) count(n int) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.taken += n
-}
-
 // busy tells that a layer is coming in.
 func (s *slots) busy() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.taken > 0
+	for _, h := range s.hosts {
+		if len(h.tokens) > 0 {
+			return true
+		}
+	}
+	return false
 }
