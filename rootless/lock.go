@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -92,17 +91,12 @@ func (n Node) openLock() (*os.File, error) {
 		if err := errors.Join(os.RemoveAll(aside), os.Rename(path, aside)); err != nil {
 			return nil, err
 		}
-	case info.Mode().Perm()&0o600 != 0o600 && ofThisUser(info):
+	case info.Mode().Perm()&0o600 != 0o600 && owner(info) == os.Geteuid():
 		if err := os.Chmod(path, 0o600); err != nil {
 			return nil, err
 		}
 	}
 	return os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0o600)
-}
-
-func ofThisUser(info os.FileInfo) bool {
-	st, ok := info.Sys().(*syscall.Stat_t)
-	return ok && int(st.Uid) == os.Geteuid()
 }
 
 // lockEnv names the descriptors of a lock that was handed over: of the data directory, and of the runtime directory.

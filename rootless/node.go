@@ -127,8 +127,8 @@ func makeDirs(dirs ...string) error {
 			if err != nil {
 				return fmt.Errorf("make directory: %w", err)
 			}
-			if st, ok := info.Sys().(*syscall.Stat_t); ok && int(st.Uid) != os.Geteuid() {
-				return &Problem{Check: "directories", Cause: fmt.Sprintf("%s belongs to uid %d and not to you", dir, st.Uid),
+			if uid := owner(info); uid != os.Geteuid() {
+				return &Problem{Check: "directories", Cause: fmt.Sprintf("%s belongs to uid %d and not to you", dir, uid),
 					Fix: runtimeHomeFix()}
 			}
 			if info.IsDir() && info.Mode().Perm()&0o077 != 0 {
@@ -140,6 +140,9 @@ func makeDirs(dirs ...string) error {
 	}
 	return nil
 }
+
+// owner is the user that a file on disk belongs to.
+func owner(info os.FileInfo) int { return int(info.Sys().(*syscall.Stat_t).Uid) }
 
 func runtimeHome(getenv func(string) string) (string, error) {
 	dir := getenv("XDG_RUNTIME_DIR")

@@ -135,8 +135,7 @@ func lives(node rootless.Node) bool {
 // refuseLive is for who holds the lock: a node of an earlier version, which locks its data directory alone, may live here with
 // another one, and is not to be swept, whether its record can be read or not.
 func refuseLive(node rootless.Node) error {
-	record, err := node.ReadRecord()
-	if err == nil && record.PID == os.Getpid() || !lives(node) {
+	if !lives(node) {
 		return nil
 	}
 	return explainLock(node, rootless.ErrUpElsewhere)
