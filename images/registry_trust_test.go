@@ -227,7 +227,7 @@ func TestTheLibrarysOwnRefusals(t *testing.T) {
 			t.Errorf("%s: %v", said, err)
 		}
 		answer := &transport.Error{StatusCode: http.StatusServiceUnavailable, Errors: []transport.Diagnostic{{Message: said}}}
-		if err := classify(answer); err != ErrUnavailable {
+		if err := classify(answer); !errors.Is(err, ErrUnavailable) {
 			t.Errorf("%s, by the registry: %v", said, err)
 		}
 	}
