@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"os/user"
+	"regexp"
 	"runtime"
 	"strconv"
 	"strings"
@@ -69,10 +70,14 @@ func Init() {
 //	if !box.Inside() { box.Run(t, box.Host{}); return }
 func Run(t *testing.T, h Host) {
 	t.Helper()
-	args := []string{"-test.run=^" + strings.ReplaceAll(t.Name(), "/", "$/^") + "$", "-test.v", "-test.timeout=20m", "-test.count=1"}
-	if err := run(h, args); err != nil {
+	if err := run(h, only(t)); err != nil {
 		t.Fatalf("in the box: %v", err)
 	}
+}
+
+// only are the arguments with which this program runs one test.
+func only(t *testing.T) []string {
+	return []string{"-test.run=^" + strings.ReplaceAll(t.Name(), "/", "$/^") + "$", "-test.v", "-test.timeout=20m", "-test.count=1"}
 }
 
 // RemoveAll removes a directory tree that belongs to the caller and its subordinate ids, as a container's files do.
@@ -120,12 +125,34 @@ func run(h Host, args []string) error {
 	}
 	err = errors.Join(err, cmd.Wait())
 	copied.Wait()
+	if err != nil && len(copied.said) > 0 {
+		err = fmt.Errorf("%w; the test said there:\n%s", err, strings.Join(copied.said, "\n"))
+	}
 	return err
+}
+
+// output is what comes of a program in a box.
+type output struct {
+	sync.WaitGroup
+	said []string // the last messages of a test, each by its first line
+}
+
+// mostSaid is how many of them are kept.
+const mostSaid = 10
+
+// message is how the package testing begins one.
+var message = regexp.MustCompile(`^\s+\w+_test\.go:\d+: `)
+
+func (o *output) take(line string) {
+	fmt.Println("    box |", line)
+	if message.MatchString(line) {
+		o.said = append(o.said[max(0, len(o.said)-mostSaid+1):], line)
+	}
 }
 
 // start starts cmd and copies what it prints to this process's output, a word in front of each line so that no line
 // of it reads as one of this process's own results.
-func start(cmd *exec.Cmd) (*sync.WaitGroup, error) {
+func start(cmd *exec.Cmd) (*output, error) {
 	out, in, err := os.Pipe()
 	if err != nil {
 		return nil, err
@@ -137,13 +164,13 @@ func start(cmd *exec.Cmd) (*sync.WaitGroup, error) {
 		out.Close()
 		return nil, fmt.Errorf("clone the box: %w", err)
 	}
-	copied := &sync.WaitGroup{}
+	copied := &output{}
 	copied.Go(func() {
 		defer out.Close()
 		s := bufio.NewScanner(out)
 		s.Buffer(nil, 1<<20)
 		for s.Scan() {
-			fmt.Println("    box |", s.Text())
+			copied.take(s.Text())
 		}
 	})
 	return copied, nil

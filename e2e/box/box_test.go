@@ -89,6 +89,20 @@ func TestBoxWithoutUserNamespaces(t *testing.T) {
 	}
 }
 
+// A long log may stand between what a test said and its end.
+func TestBoxTellsWhatTheTestSaid(t *testing.T) {
+	if Inside() {
+		t.Error("the reason")
+		t.Log("a log" + strings.Repeat("\n        a line", 100))
+		return
+	}
+	ordinary(t)
+	err := run(Host{}, only(t))
+	if err == nil || !strings.Contains(err.Error(), "exit status 1") || !strings.Contains(err.Error(), "the reason") || strings.Contains(err.Error(), "a line") {
+		t.Errorf("of a test that failed: %v", err)
+	}
+}
+
 func TestRemoveAllTakesFilesOfSubordinateIDs(t *testing.T) {
 	ordinary(t)
 	// The user's own directory holds one of a container's user, which the user may not look into.
