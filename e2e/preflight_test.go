@@ -127,6 +127,34 @@ func TestDoctorSaysAllAtOnce(t *testing.T) {
 	}
 }
 
+// TestDoctorTellsOfTheHostsLoopback, which pods in the node's network reach where a program's descriptors are kept from its
+// parent: some hosts keep all, this one those of a program that the user may not read.
+func TestDoctorTellsOfTheHostsLoopback(t *testing.T) {
+	h := newHome(t)
+	if r := h.coracle("doctor"); strings.Contains(r.out, "127.0.0.1") {
+		t.Errorf("where a node's network can be filtered: %s", r.out)
+	}
+	cat, err := exec.LookPath("cat")
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := os.ReadFile(cat)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := h.mkdir("kept")
+	if err := os.WriteFile(filepath.Join(dir, "cat"), raw, 0o111); err != nil {
+		t.Fatal(err)
+	}
+	h.env[0] = strings.Replace(h.env[0], "PATH=", "PATH="+dir+":", 1)
+	if r := h.coracle("doctor"); r.code != 0 || !strings.Contains(r.out, "note  pods in the node's network (hostNetwork) can reach this host's 127.0.0.1") || !strings.Contains(r.out, "pidfd_getfd") {
+		t.Errorf("where it cannot: exit code %d\n%s", r.code, r.out)
+	}
+	if r := h.coracle("doctor", "--host-loopback"); strings.Contains(r.out, "127.0.0.1:") {
+		t.Errorf("where they are to reach it: %s", r.out)
+	}
+}
+
 // TestConfiguration: a file's values are used, flags and variables go before it, and what it does not know is refused.
 func TestConfiguration(t *testing.T) {
 	h := newHome(t)

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strconv"
@@ -68,7 +69,33 @@ func (f *tapFilter) set(request uintptr) error {
 	return nil
 }
 
-// tapOf duplicates the descriptor (pidfd_getfd(2)).
+// CheckTAPFilter tells whether this host lets a node filter its TAP device, by a child of the caller's own that it starts and
+// ends. Its error is one sentence with the cause and what mends it.
+func CheckTAPFilter() error {
+	child := exec.Command("cat")
+	input, err := child.StdinPipe()
+	if err != nil {
+		return err
+	}
+	if err := child.Start(); err != nil {
+		return nil // a host without cat lacks what other checks tell of
+	}
+	fd, err := descriptorOf(child.Process.Pid, 0)
+	if err == nil {
+		err = unix.Close(fd)
+	}
+	_, _ = input.Close(), child.Wait() // at the end of its input cat has done its work, whatever is said of it here
+	if err == nil {
+		return nil
+	}
+	const scope = "/proc/sys/kernel/yama/ptrace_scope"
+	if raw, _ := os.ReadFile(scope); len(raw) > 0 && raw[0] > '1' {
+		return fmt.Errorf("a program's descriptors are kept from its parent (%w, kernel.yama.ptrace_scope is %c); run: sudo sysctl -w kernel.yama.ptrace_scope=1", err, raw[0])
+	}
+	return fmt.Errorf("a program's descriptors are kept from its parent (%w); allow pidfd_getfd(2) in the seccomp profile of the container that this runs in", err)
+}
+
+// tapOf duplicates the descriptor.
 func tapOf(pid int) (int, error) {
 	links, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
 	if err != nil {
@@ -82,12 +109,17 @@ func tapOf(pid int) (int, error) {
 		if err != nil {
 			return -1, err
 		}
-		pidfd, err := unix.PidfdOpen(pid, 0)
-		if err != nil {
-			return -1, err
-		}
-		defer unix.Close(pidfd)
-		return unix.PidfdGetfd(pidfd, number, 0)
+		return descriptorOf(pid, number)
 	}
 	return -1, os.ErrNotExist
+}
+
+// descriptorOf duplicates a descriptor of another process (pidfd_getfd(2)).
+func descriptorOf(pid, number int) (int, error) {
+	pidfd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return -1, err
+	}
+	defer unix.Close(pidfd)
+	return unix.PidfdGetfd(pidfd, number, 0)
 }

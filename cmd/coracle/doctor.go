@@ -67,6 +67,9 @@ func runDoctor(ctx context.Context, c config, out io.Writer) error {
 		fmt.Fprintf(out, "note  pods do not reach %s of this host, which the pod CIDR overlaps\n"+
 			"      if they should, choose another for them, as with: --pod-cidr 10.89.0.0/16\n", strings.Join(hidden, ", "))
 	}
+	if err := netslirp.CheckTAPFilter(); err != nil && !c.Network.HostLoopback { // nor does this
+		fmt.Fprintf(out, "note  pods in the node's network (hostNetwork) can reach this host's 127.0.0.1: %v\n", err)
+	}
 	_, err = keeperPath()
 	report("coracle-keeper", err)
 	for _, name := range slices.Sorted(maps.Keys(c.Handlers)) {
