@@ -35,6 +35,8 @@ type node struct {
 	runtime runtimeapi.RuntimeServiceClient
 	images  runtimeapi.ImageServiceClient
 	address string // of the CRI
+
+	foreign map[int]map[string]bool // by process, mount points that are not the node's, see mounts
 }
 
 // up starts a node with the programs in bin. When the test ends, the node is taken down.
@@ -52,7 +54,7 @@ func up(t *testing.T, bin string, args ...string) *node {
 			}
 		}
 	})
-	n := &node{t: t, dir: dir, program: filepath.Join(bin, "coracle")}
+	n := &node{t: t, dir: dir, program: filepath.Join(bin, "coracle"), foreign: map[int]map[string]bool{}}
 	for _, sub := range []string{"run", "data", "config", "home", "work", "faults"} {
 		if err := os.Mkdir(n.path(sub), 0o700); err != nil {
 			t.Fatal(err)

@@ -35,7 +35,7 @@ func (n *node) tally() tally {
 	n.countGoroutines(out)
 	for name, pid := range map[string]int{"parent": n.cmd.Process.Pid, "keeper": keeper, "daemon": daemon} {
 		out["descriptors of the "+name] = entries(n.t, fmt.Sprintf("/proc/%d/fd", pid))
-		out["mounts seen by the "+name] = lines(n.t, fmt.Sprintf("/proc/%d/mountinfo", pid))
+		out["mounts seen by the "+name] = n.mounts(pid)
 	}
 	links, err := n.enter("cat", "/proc/net/dev")
 	if err != nil {
@@ -147,13 +147,37 @@ func entries(t *testing.T, dir string) int {
 	return len(list)
 }
 
-func lines(t *testing.T, path string) int {
+// mounts counts a process's mounts: all below the node's directory, and elsewhere those that have come since the first count and
+// that this machine has not. The machine's own come and go beside the test, and stay where a namespace got them locked.
+func (n *node) mounts(pid int) (count int) {
+	n.t.Helper()
+	seen := mountPoints(n.t, pid)
+	foreign := mountPoints(n.t, os.Getpid())
+	if _, again := n.foreign[pid]; !again {
+		foreign = append(foreign, seen...)
+		n.foreign[pid] = map[string]bool{}
+	}
+	for _, at := range foreign {
+		n.foreign[pid][at] = true
+	}
+	for _, at := range seen {
+		if !n.foreign[pid][at] || strings.HasPrefix(at, n.dir+"/") {
+			count++
+		}
+	}
+	return count
+}
+
+func mountPoints(t *testing.T, pid int) (out []string) {
 	t.Helper()
-	raw, err := os.ReadFile(path)
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", pid))
 	if err != nil {
 		t.Fatal(err)
 	}
-	return strings.Count(string(raw), "\n")
+	for line := range strings.Lines(string(raw)) {
+		out = append(out, strings.Fields(line)[4])
+	}
+	return out
 }
 
 // differences tells what is more, or less, than before. Connections that were kept for the next pull are closed after a
