@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"testing"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -181,6 +182,25 @@ func filler(t *testing.T, dir, name string) string {
 		t.Fatalf("%v, %v", found, err)
 	}
 	return found[0]
+}
+
+// TestWhatIsScarce: what of a filesystem ran out is told when a little of it has come back, too.
+func TestWhatIsScarce(t *testing.T) {
+	for what, c := range map[string]struct {
+		st   unix.Statfs_t
+		want bool
+	}{
+		"inodes":           {unix.Statfs_t{Files: 150, Ffree: 0, Blocks: 8192, Bavail: 8000}, true},
+		"nearly inodes":    {unix.Statfs_t{Files: 150, Ffree: 2, Blocks: 8192, Bavail: 8000}, true},
+		"bytes":            {unix.Statfs_t{Files: 1000, Ffree: 900, Blocks: 512, Bavail: 0}, false},
+		"nearly bytes":     {unix.Statfs_t{Files: 1000, Ffree: 900, Blocks: 512, Bavail: 8}, false},
+		"bytes of a btrfs": {unix.Statfs_t{Blocks: 512}, false},
+		"both":             {unix.Statfs_t{Files: 1000, Blocks: 512}, false},
+	} {
+		if got := scarce(&c.st); got != c.want {
+			t.Errorf("%s: %v", what, got)
+		}
+	}
 }
 
 func TestQuotaIsToldToo(t *testing.T) {
