@@ -184,6 +184,54 @@ func filler(t *testing.T, dir, name string) string {
 	return found[0]
 }
 
+// TestAStoreIsOpenedWhereALayerCannotBePutAside: a layer that cannot be read and that a container has is to go out of the way,
+// for which a used-up quota leaves no room.
+func TestAStoreIsOpenedWhereALayerCannotBePutAside(t *testing.T) {
+	dir := t.TempDir()
+	nstest.Small(t, dir, nstest.UserQuota)
+	h, s := newHub(t), openStore(t, Config{Root: filepath.Join(dir, "images")})
+	h.push(t, "app:1", imageOf(t, gzipLayer(t, file("f", "kept"))))
+	pull(t, s, h.host+"/app:1")
+	root := mount(t, s, "c1", h.host+"/app:1")
+	waitSynced(t, s)
+	must(t, s.Close())
+	layers, err := filepath.Glob(s.path("layers", "*", "layer.json"))
+	if err != nil || len(layers) != 1 {
+		t.Fatalf("layers %v, %v", layers, err)
+	}
+	must(t, os.WriteFile(layers[0], []byte("no record"), 0o600))
+	free := nstest.Fill(t, dir)
+	s = openStore(t, s.cfg)
+	if left := exists(layers[0]); !left {
+		t.Log("there was room to put the layer aside")
+	}
+	if got := read(t, filepath.Join(root, "f")); got != "kept" {
+		t.Errorf("the container's file says %q", got)
+	}
+	free()
+	nstest.Settle(t, dir)
+	must(t, s.UnmountRootfs("c1"))
+	must(t, s.Close())
+	s = openStore(t, s.cfg)
+	eventuallyEmpty(t, s, "tmp")
+	pull(t, s, h.host+"/app:1")
+}
+
+// TestAStoreThatIsRightIsNotChanged: a change of nothing may find no room.
+func TestAStoreThatIsRightIsNotChanged(t *testing.T) {
+	dir := t.TempDir()
+	root := filepath.Join(dir, "images")
+	if _, err := makeRoot(root); err != nil {
+		t.Fatal(err)
+	}
+	must(t, unix.Mount(dir, dir, "", unix.MS_BIND, ""))
+	t.Cleanup(func() { must(t, unix.Unmount(dir, unix.MNT_DETACH)) })
+	must(t, unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, "")) // whatever is written fails
+	if _, err := makeRoot(root); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestWhatIsScarce: what of a filesystem ran out is told when a little of it has come back, too.
 func TestWhatIsScarce(t *testing.T) {
 	for what, c := range map[string]struct {

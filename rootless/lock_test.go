@@ -1,10 +1,14 @@
 package rootless
 
 import (
+	"bufio"
 	"errors"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
+	"syscall"
 	"testing"
 
 	"github.com/rootless-containers/rootlesskit/v3/pkg/parent"
@@ -98,6 +102,40 @@ func TestARuntimeDirectoryHasOneHolder(t *testing.T) {
 		t.Fatalf("in a new directory: %+v, %v", with, err)
 	}
 	if err := errors.Join(lock.Release(), with.Release()); err != nil {
+		t.Error(err)
+	}
+}
+
+// In a mount namespace of its own, as a container is, a process may lock another file of the same name.
+func TestALocksHolderIsKnownByTheFile(t *testing.T) {
+	n := testNode(t)
+	lock, err := n.TryLock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if pids := holders(n.lockFile()); !slices.Contains(pids, os.Getpid()) {
+		t.Errorf("its holder, %d, is not among %v", os.Getpid(), pids)
+	}
+	if err := lock.Release(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(n.lockFile(), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	other := exec.Command("unshare", "--user", "--map-root-user", "--mount", "sh", "-c",
+		`mount -t tmpfs other "$1" && : >"$2" && exec flock "$2" sh -c 'echo locked; exec cat'`, "sh", filepath.Dir(n.lockFile()), n.lockFile())
+	other.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	input, err1 := other.StdinPipe()
+	output, err2 := other.StdoutPipe()
+	if err := errors.Join(err1, err2, other.Start()); err != nil {
+		t.Fatal(err)
+	}
+	if line, err := bufio.NewReader(output).ReadString('\n'); err != nil {
+		t.Errorf("the other file is not locked: %q, %v", line, err)
+	} else if pids := holders(n.lockFile()); len(pids) > 0 {
+		t.Errorf("another file of that name is locked, and %v are taken for holders of this one", pids)
+	}
+	if err := errors.Join(input.Close(), other.Wait()); err != nil {
 		t.Error(err)
 	}
 }
