@@ -218,17 +218,7 @@ func (d *distribution) otherPod(t *testing.T) {
 }
 
 func (d *distribution) hostPort(t *testing.T) {
-	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
-	for _, addr := range []string{"127.0.0.1:" + portAll, box.Address + ":" + portAll, "127.0.0.1:" + portLocal} {
-		if body, err := get(client, "http://"+addr+"/"); err != nil || body != fixture.Page {
-			t.Errorf("host port %s: %q, %v", addr, body, err)
-		}
-	}
-	for _, port := range []string{portAll, portLocal} { // as critest, a kubelet and host-network pods ask, inside the node
-		if r := d.coracle("enter", "--", "curl", "-fsS", "--max-time", "5", "http://127.0.0.1:"+port+"/"); r.code != 0 || r.out != fixture.Page {
-			t.Errorf("host port %s inside the node: exit code %d, %q, %s", port, r.code, r.out, r.errs)
-		}
-	}
+	d.hostPortsAnswer()
 	if _, err := net.DialTimeout("tcp", box.Address+":"+portLocal, time.Second); err == nil {
 		t.Errorf("port %s was asked for on 127.0.0.1 and answers on %s", portLocal, box.Address)
 	}
@@ -258,6 +248,23 @@ func (d *distribution) hostPort(t *testing.T) {
 	}
 	if out := d.crictl("pods", "-q", "--name", "thief"); out != "" {
 		t.Errorf("the pod that could not be run is shown: %s", out)
+	}
+	d.hostPortsAnswer() // still
+}
+
+// hostPortsAnswer asks the web pod by each of its TCP ports on the host.
+func (d *distribution) hostPortsAnswer() {
+	d.t.Helper()
+	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	for _, addr := range []string{"127.0.0.1:" + portAll, box.Address + ":" + portAll, "127.0.0.1:" + portLocal} {
+		if body, err := get(client, "http://"+addr+"/"); err != nil || body != fixture.Page {
+			d.t.Errorf("host port %s: %q, %v", addr, body, err)
+		}
+	}
+	for _, port := range []string{portAll, portLocal} { // as critest, a kubelet and host-network pods ask, inside the node
+		if r := d.coracle("enter", "--", "curl", "-fsS", "--max-time", "5", "http://127.0.0.1:"+port+"/"); r.code != 0 || r.out != fixture.Page {
+			d.t.Errorf("host port %s inside the node: exit code %d, %q, %s", port, r.code, r.out, r.errs)
+		}
 	}
 }
 
