@@ -107,10 +107,11 @@ func (s *Store) full(err error) error {
 	return fmt.Errorf("%w: no %s left for %s: remove images (crictl rmi --prune) or containers, or make room there: %w", ErrFull, what, s.cfg.Root, err)
 }
 
-// scarce tells whether it is inodes that a full filesystem lacks: there is a smaller share of them left than of its bytes. Some
+// scarce tells whether it is inodes that a full filesystem lacks: hardly any are left, a smaller share than of its bytes. Some
 // of either may have come back since it was full.
 func scarce(st *unix.Statfs_t) bool {
-	return st.Files > 0 && float64(st.Ffree)/float64(st.Files) < float64(st.Bavail)/float64(max(st.Blocks, 1))
+	inodes, bytes := float64(st.Ffree)/float64(max(st.Files, 1)), float64(st.Bavail)/float64(max(st.Blocks, 1))
+	return st.Files > 0 && inodes < 0.05 && inodes < bytes
 }
 
 // isAbsent tells that err means no more than that there is no such thing.

@@ -1,6 +1,7 @@
 package netslirp
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -70,32 +71,44 @@ func (f *tapFilter) set(request uintptr) error {
 }
 
 // CheckTAPFilter tells whether this host lets a node filter its TAP device, by a child of the caller's own that it starts and
-// ends. Its error is one sentence with the cause and what mends it.
+// ends. ErrKept comes with the cause and what mends it; any other error is that it could not be told.
 func CheckTAPFilter() error {
 	child := exec.Command("cat")
-	input, err := child.StdinPipe()
+	input, err := child.StdinPipe() // it waits for what does not come
 	if err != nil {
 		return err
 	}
+	defer input.Close()
 	if err := child.Start(); err != nil {
-		return nil // a host without cat lacks what other checks tell of
+		return err
 	}
 	fd, err := descriptorOf(child.Process.Pid, 0)
 	if err == nil {
-		err = unix.Close(fd)
+		_ = unix.Close(fd)
 	}
-	_, _ = input.Close(), child.Wait() // at the end of its input cat has done its work, whatever is said of it here
-	if err == nil {
+	_, _ = child.Process.Kill(), child.Wait() // its end is no news
+	switch {
+	case err == nil:
 		return nil
+	case !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.EACCES) && !errors.Is(err, unix.ENOSYS): // what forbids answers so
+		return err
 	}
-	const scope = "/proc/sys/kernel/yama/ptrace_scope"
-	if raw, _ := os.ReadFile(scope); len(raw) > 0 && raw[0] > '1' {
-		return fmt.Errorf("a program's descriptors are kept from its parent (%w, kernel.yama.ptrace_scope is %c); run: sudo sysctl -w kernel.yama.ptrace_scope=1", err, raw[0])
+	raw, _ := os.ReadFile("/proc/sys/kernel/yama/ptrace_scope") // none without Yama
+	switch scope := string(bytes.TrimSpace(raw)); scope {
+	case "2":
+		return fmt.Errorf("%w (%w, kernel.yama.ptrace_scope is 2); run: sudo sysctl -w kernel.yama.ptrace_scope=1, and start the node again", ErrKept, err)
+	case "3":
+		return fmt.Errorf("%w (%w, kernel.yama.ptrace_scope is 3, which stays until the machine starts again); "+
+			"set kernel.yama.ptrace_scope = 1 in /etc/sysctl.d, and start the machine again", ErrKept, err)
 	}
-	return fmt.Errorf("a program's descriptors are kept from its parent (%w); allow pidfd_getfd(2) in the seccomp profile of the container that this runs in", err)
+	return fmt.Errorf("%w (%w); allow pidfd_getfd(2) in the seccomp profile of the container, if this runs in one, or in the policy of "+
+		"the security module (SELinux, AppArmor), and start the node again", ErrKept, err)
 }
 
-// tapOf duplicates the descriptor.
+// ErrKept is that a host keeps a program's descriptors from its parent.
+var ErrKept = errors.New("a program's descriptors are kept from its parent")
+
+// tapOf duplicates a program's descriptor of its TAP device.
 func tapOf(pid int) (int, error) {
 	links, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
 	if err != nil {

@@ -122,9 +122,11 @@ func TestALocksHolderIsKnownByTheFile(t *testing.T) {
 	if err := os.WriteFile(n.lockFile(), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	other := exec.Command("unshare", "--user", "--map-root-user", "--mount", "sh", "-c",
-		`mount -t tmpfs other "$1" && : >"$2" && exec flock "$2" sh -c 'echo locked; exec cat'`, "sh", filepath.Dir(n.lockFile()), n.lockFile())
-	other.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	other := exec.Command("sh", "-c", `mount -t tmpfs other "$1" && : >"$2" && exec flock "$2" sh -c 'echo locked; exec cat'`,
+		"sh", filepath.Dir(n.lockFile()), n.lockFile())
+	other.Stderr = os.Stderr
+	other.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWUSER | unix.CLONE_NEWNS,
+		UidMappings: []syscall.SysProcIDMap{{HostID: os.Getuid(), Size: 1}}, GidMappings: []syscall.SysProcIDMap{{HostID: os.Getgid(), Size: 1}}}
 	input, err1 := other.StdinPipe()
 	output, err2 := other.StdoutPipe()
 	if err := errors.Join(err1, err2, other.Start()); err != nil {

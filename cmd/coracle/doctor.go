@@ -67,8 +67,12 @@ func runDoctor(ctx context.Context, c config, out io.Writer) error {
 		fmt.Fprintf(out, "note  pods do not reach %s of this host, which the pod CIDR overlaps\n"+
 			"      if they should, choose another for them, as with: --pod-cidr 10.89.0.0/16\n", strings.Join(hidden, ", "))
 	}
-	if err := netslirp.CheckTAPFilter(); err != nil && !c.Network.HostLoopback { // nor does this
+	switch err := netslirp.CheckTAPFilter(); { // a node starts with this, too
+	case err == nil || c.Network.HostLoopback:
+	case errors.Is(err, netslirp.ErrKept):
 		fmt.Fprintf(out, "note  pods in the node's network (hostNetwork) can reach this host's 127.0.0.1: %v\n", err)
+	default:
+		fmt.Fprintf(out, "note  whether pods in the node's network (hostNetwork) can reach this host's 127.0.0.1 cannot be told: %v\n", err)
 	}
 	_, err = keeperPath()
 	report("coracle-keeper", err)

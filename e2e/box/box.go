@@ -134,14 +134,14 @@ func run(h Host, args []string) error {
 // output is what comes of a program in a box.
 type output struct {
 	sync.WaitGroup
-	said []string // the last messages of a test, each by its first line
+	said []string // the last messages of a test, errors and others, each by its first line
 }
 
 // mostSaid is how many of them are kept.
-const mostSaid = 10
+const mostSaid = 20
 
-// message is how the package testing begins one.
-var message = regexp.MustCompile(`^\s+\w+_test\.go:\d+: `)
+// message is how the package testing begins one, and the runtime its last.
+var message = regexp.MustCompile(`^ +\w+\.go:\d+: |^panic: `)
 
 func (o *output) take(line string) {
 	fmt.Println("    box |", line)

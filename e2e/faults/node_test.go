@@ -36,7 +36,7 @@ type node struct {
 	images  runtimeapi.ImageServiceClient
 	address string // of the CRI
 
-	foreign map[int]map[string]bool // by process, mount points that are not the node's, see mounts
+	foreign map[int]map[string]bool // by process, the ids and points of mounts that are not the node's, see mounts
 }
 
 // up starts a node with the programs in bin. When the test ends, the node is taken down.

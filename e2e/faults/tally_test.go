@@ -147,35 +147,41 @@ func entries(t *testing.T, dir string) int {
 	return len(list)
 }
 
-// mounts counts a process's mounts: all below the node's directory, and elsewhere those that have come since the first count and
-// that this machine has not. The machine's own come and go beside the test, and stay where a namespace got them locked.
+// mounts counts a process's mounts: all below the node's directory, and elsewhere those that have come since the first count, but
+// for where this machine has one, too. The machine's own come and go beside the test, and one that it removes stays in a namespace
+// that has it locked.
 func (n *node) mounts(pid int) (count int) {
 	n.t.Helper()
 	seen := mountPoints(n.t, pid)
-	foreign := mountPoints(n.t, os.Getpid())
-	if _, again := n.foreign[pid]; !again {
-		foreign = append(foreign, seen...)
+	first := n.foreign[pid] == nil
+	if first {
 		n.foreign[pid] = map[string]bool{}
 	}
-	for _, at := range foreign {
+	for _, at := range mountPoints(n.t, os.Getpid()) {
 		n.foreign[pid][at] = true
 	}
-	for _, at := range seen {
-		if !n.foreign[pid][at] || strings.HasPrefix(at, n.dir+"/") {
+	for id, at := range seen {
+		if first {
+			n.foreign[pid][id] = true
+		}
+		if strings.HasPrefix(at, n.dir+"/") || !n.foreign[pid][at] && !n.foreign[pid][id] {
 			count++
 		}
 	}
 	return count
 }
 
-func mountPoints(t *testing.T, pid int) (out []string) {
+// mountPoints are a process's, by the mount's id.
+func mountPoints(t *testing.T, pid int) map[string]string {
 	t.Helper()
 	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", pid))
 	if err != nil {
 		t.Fatal(err)
 	}
+	out := map[string]string{}
 	for line := range strings.Lines(string(raw)) {
-		out = append(out, strings.Fields(line)[4])
+		fields := strings.Fields(line)
+		out[fields[0]] = fields[4]
 	}
 	return out
 }
