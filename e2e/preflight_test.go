@@ -127,6 +127,26 @@ func TestDoctorSaysAllAtOnce(t *testing.T) {
 	}
 }
 
+// TestRefusalWithRuntimeDirOpenToOthers: who may write the directory may put other sockets in place of the node's.
+func TestRefusalWithRuntimeDirOpenToOthers(t *testing.T) {
+	h := newHome(t)
+	dir := h.mkdir("open")
+	h.env = without(h.env, "XDG_RUNTIME_DIR")
+	for mode, refused := range map[os.FileMode]bool{0o777: true, 0o777 | os.ModeSticky: false, 0o700: false, 0o775: false} {
+		if err := os.Chmod(dir, mode); err != nil {
+			t.Fatal(err)
+		}
+		r := h.command([]string{"XDG_RUNTIME_DIR=" + dir}, filepath.Join(binDir, "coracle"), "doctor")
+		if told := r.code != 0 && strings.Contains(r.out, "everybody may put something else"); told != refused {
+			t.Errorf("mode %s: exit code %d\n%s", mode, r.code, r.out)
+		}
+	}
+	if err := os.Chmod(dir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	expectRefusal(t, h, []string{"XDG_RUNTIME_DIR=" + dir}, "everybody may put something else", "XDG_RUNTIME_DIR")
+}
+
 // TestDoctorTellsOfTheHostsLoopback, which pods in the node's network reach where a program's descriptors are kept from its
 // parent: some hosts keep all, this one those of a program that the user may not read.
 func TestDoctorTellsOfTheHostsLoopback(t *testing.T) {

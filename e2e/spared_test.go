@@ -96,6 +96,28 @@ func TestALiveNodeIsSpared(t *testing.T) {
 	n.expectNothingLeft(2 * time.Second)
 }
 
+// TestANodeElsewhereIsTold: commands with another XDG_RUNTIME_DIR than the node's say so, and leave it and its containers alone.
+func TestANodeElsewhereIsTold(t *testing.T) {
+	n, image := upWithBusybox(t, "default")
+	pod, file := n.runPod("elsewhere", nil)
+	id := n.start(pod, file, "elsewhere", image, shell("exec sleep 1000"))
+	other := []string{"XDG_RUNTIME_DIR=" + n.mkdir("other")}
+	for _, args := range [][]string{{"status"}, {"restart"}, {"restart", "--keeper"}, {"enter", "--", "true"}, {"down"}} {
+		began := time.Now()
+		r := n.command(other, filepath.Join(binDir, "coracle"), args...)
+		if r.code == 0 || !strings.Contains(r.errs, "export XDG_RUNTIME_DIR="+n.path("run")+"\n") || time.Since(began) > 5*time.Second {
+			t.Errorf("coracle %v: exit code %d after %s\n%s%s", args, r.code, time.Since(began), r.out, r.errs)
+		}
+		if out := n.exec(id, "echo", "here"); out != "here" {
+			t.Fatalf("coracle %v: %q", args, out)
+		}
+	}
+	if left := glob(t, n.dir, "other/*"); len(left) > 0 {
+		t.Errorf("left in the other directory: %q", left)
+	}
+	n.down()
+}
+
 // filesBelow lists the names in a directory.
 func filesBelow(t *testing.T, dir string) []string {
 	t.Helper()

@@ -15,7 +15,7 @@ func TestCheckDriverSaysWhatIsMissing(t *testing.T) {
 	wantIs(t, CheckDriver(DriverConfig{Name: "carrier-pigeon"}), ErrInvalid, `"carrier-pigeon" is unknown, choose one of: slirp4netns`)
 	wantIs(t, CheckDriver(DriverConfig{MTU: 65522}), ErrInvalid, "takes 68 to 65521")
 	missing := filepath.Join(t.TempDir(), "slirp4netns")
-	wantIs(t, CheckDriver(DriverConfig{Binary: missing}), os.ErrNotExist, "run: "+installCommand("slirp4netns"))
+	wantIs(t, CheckDriver(DriverConfig{Binary: missing}), os.ErrNotExist, "the program "+missing)
 
 	bin := t.TempDir()
 	t.Setenv("PATH", bin)

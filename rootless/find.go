@@ -39,8 +39,46 @@ func (n Node) Find() (Record, error) {
 	if pid == 0 {
 		return record, err
 	}
+	if err := n.elsewhere(pid); err != nil {
+		return record, err
+	}
 	unknown := fmt.Sprintf("unknown: %v", err)
 	return Record{Version: recordVersion, Name: n.Name, PID: pid, PIDStart: start, Program: "?", Driver: "?", CgroupFound: unknown}, nil
+}
+
+// ErrElsewhere is that the node runs with another runtime directory: nothing reaches it from here.
+var ErrElsewhere = errors.New("the node was started with another XDG_RUNTIME_DIR")
+
+// Elsewhere is ErrElsewhere, with what to do, where the node lives and has another runtime directory than n.
+func (n Node) Elsewhere() error {
+	pid, _ := n.lockHolder()
+	if pid == 0 {
+		return nil
+	}
+	return n.elsewhere(pid)
+}
+
+// elsewhere is Elsewhere for the node's parent, which has its runtime directory locked. One that is gone says nothing, and a
+// parent of an earlier version locks none.
+func (n Node) elsewhere(parent int) error {
+	links, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", parent))
+	if err != nil {
+		return err
+	}
+	for _, link := range links {
+		dir, err := os.Readlink(link)
+		if err != nil || !locked(link) {
+			continue
+		}
+		theirs, err := os.Stat(dir)
+		if err != nil || !theirs.IsDir() {
+			continue
+		}
+		if ours, err := os.Stat(n.RuntimeDir); err != nil || !os.SameFile(ours, theirs) {
+			return fmt.Errorf("%w: it is in %s; to reach it, run: export XDG_RUNTIME_DIR=%s", ErrElsewhere, dir, filepath.Dir(dir))
+		}
+	}
+	return nil
 }
 
 // lockHolder finds another process that has one of a parent's locks; 0 where there is none.

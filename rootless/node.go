@@ -157,9 +157,30 @@ func runtimeHome(getenv func(string) string) (string, error) {
 			problem.Cause = fmt.Sprintf("XDG_RUNTIME_DIR is %s, which cannot be used: %v", dir, err)
 			break
 		}
+		if who := openTo(dir); who != "" {
+			problem.Cause = fmt.Sprintf("XDG_RUNTIME_DIR is %s, in which %s may put something else in place of the node's sockets", dir, who)
+			break
+		}
 		return dir, nil
 	}
 	return "", problem
+}
+
+// openTo names who else may rename what is in the directory, "" where nobody may. The XDG Base Directory Specification wants it
+// to be the user's own, 0700; a directory of the machine's owner with the sticky bit, as /tmp is, serves too.
+func openTo(dir string) string {
+	info, err := os.Stat(dir)
+	if err != nil {
+		return ""
+	}
+	root, err := os.Stat("/") // who owns it may do so anyway, and has another number in a user namespace
+	if uid := owner(info); uid != os.Geteuid() && uid != 0 && (err != nil || uid != owner(root)) {
+		return fmt.Sprintf("uid %d, whose it is,", uid)
+	}
+	if info.Mode().Perm()&0o002 != 0 && info.Mode()&os.ModeSticky == 0 {
+		return "everybody"
+	}
+	return ""
 }
 
 // runtimeHomeFix is the login session's own directory where there is one, else one under /tmp.

@@ -46,6 +46,9 @@ func runDown(ctx context.Context, node rootless.Node, grace time.Duration, out i
 		return nil
 	}
 	record, err := settledRecord(node)
+	if errors.Is(err, rootless.ErrElsewhere) { // its containers would be killed without their stop signal
+		return fmt.Errorf("end node %s: %w", node.Name, err)
+	}
 	wasUp := err == nil && record.Alive()
 	if wasUp {
 		stopContainers(ctx, node, grace)
@@ -91,6 +94,9 @@ func settledRecord(node rootless.Node) (rootless.Record, error) {
 		}
 		if !errors.Is(lockErr, rootless.ErrUp) {
 			return record, lockErr
+		}
+		if elsewhere := node.Elsewhere(); elsewhere != nil {
+			return record, elsewhere
 		}
 		if err != nil && (!errors.Is(err, fs.ErrNotExist) || node.Lives()) {
 			return node.Find() // it is not just being written: that is done at once, and before RootlessKit starts
