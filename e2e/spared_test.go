@@ -102,7 +102,7 @@ func TestANodeElsewhereIsTold(t *testing.T) {
 	pod, file := n.runPod("elsewhere", nil)
 	id := n.start(pod, file, "elsewhere", image, shell("exec sleep 1000"))
 	other := []string{"XDG_RUNTIME_DIR=" + n.mkdir("other")}
-	for _, args := range [][]string{{"status"}, {"restart"}, {"restart", "--keeper"}, {"enter", "--", "true"}, {"down"}} {
+	for _, args := range [][]string{{"status"}, {"restart"}, {"restart", "--keeper"}, {"enter", "--", "true"}, {"up"}, {"up", "--detach"}, {"down"}} {
 		began := time.Now()
 		r := n.command(other, filepath.Join(binDir, "coracle"), args...)
 		if r.code == 0 || !strings.Contains(r.errs, "export XDG_RUNTIME_DIR="+n.path("run")+"\n") || time.Since(began) > 5*time.Second {

@@ -95,11 +95,11 @@ func settledRecord(node rootless.Node) (rootless.Record, error) {
 		if !errors.Is(lockErr, rootless.ErrUp) {
 			return record, lockErr
 		}
-		if elsewhere := node.Elsewhere(); elsewhere != nil {
-			return record, elsewhere
-		}
 		if err != nil && (!errors.Is(err, fs.ErrNotExist) || node.Lives()) {
 			return node.Find() // it is not just being written: that is done at once, and before RootlessKit starts
+		}
+		if elsewhere := node.Elsewhere(); elsewhere != nil {
+			return record, elsewhere // it is written, but not here
 		}
 	}
 }

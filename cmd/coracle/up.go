@@ -123,6 +123,10 @@ func takeLock(node rootless.Node) (*rootless.Lock, error) {
 		if !errors.Is(err, rootless.ErrUp) || lives(node) || time.Now().After(deadline) {
 			return nil, err
 		}
+		if err := node.Elsewhere(); err != nil {
+			_ = os.Remove(node.RuntimeDir) // just made, and empty; one that is not stays
+			return nil, fmt.Errorf("node %s is up already (for one beside it, choose another --name): %w", node.Name, err)
+		}
 	}
 }
 
