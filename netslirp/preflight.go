@@ -18,13 +18,15 @@ var packages = map[string]map[string]string{
 }
 
 func checkProgram(binary, program string) error {
-	if _, err := exec.LookPath(binary); err != nil && binary != program {
+	_, err := exec.LookPath(binary)
+	switch {
+	case err == nil:
+		return nil
+	case binary != program:
 		return fmt.Errorf("%s is to be the program %s, which cannot be run (%w); name another by --network-program, or none for the one in PATH; to install that, run: %s",
 			program, binary, err, installCommand(program))
-	} else if err != nil {
-		return fmt.Errorf("%s is not installed (%w); run: %s", program, err, installCommand(program))
 	}
-	return nil
+	return fmt.Errorf("%s is not installed (%w); run: %s", program, err, installCommand(program))
 }
 
 // installCommand is the command that installs program on this distribution.

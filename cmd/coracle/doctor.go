@@ -67,12 +67,8 @@ func runDoctor(ctx context.Context, c config, out io.Writer) error {
 		fmt.Fprintf(out, "note  pods do not reach %s of this host, which the pod CIDR overlaps\n"+
 			"      if they should, choose another for them, as with: --pod-cidr 10.89.0.0/16\n", strings.Join(hidden, ", "))
 	}
-	switch err := netslirp.CheckTAPFilter(); { // a node starts with this, too
-	case err == nil || c.Network.HostLoopback:
-	case errors.Is(err, netslirp.ErrKept):
-		fmt.Fprintf(out, "note  pods in the node's network (hostNetwork) can reach this host's 127.0.0.1: %v\n", err)
-	default:
-		fmt.Fprintf(out, "note  whether pods in the node's network (hostNetwork) can reach this host's 127.0.0.1 cannot be told: %v\n", err)
+	if !c.Network.HostLoopback { // a node starts with this, too
+		noteTAPFilter(out)
 	}
 	_, err = keeperPath()
 	report("coracle-keeper", err)
@@ -96,4 +92,14 @@ func runDoctor(ctx context.Context, c config, out io.Writer) error {
 		return fmt.Errorf("a node cannot start here; failed checks: %d", bad)
 	}
 	return nil
+}
+
+// noteTAPFilter says where pods reach what they should not.
+func noteTAPFilter(out io.Writer) {
+	err := netslirp.CheckTAPFilter()
+	if errors.Is(err, netslirp.ErrKept) {
+		fmt.Fprintf(out, "note  pods in the node's network (hostNetwork) can reach this host's 127.0.0.1: %v\n", err)
+	} else if err != nil {
+		fmt.Fprintf(out, "note  whether pods in the node's network (hostNetwork) can reach this host's 127.0.0.1 cannot be told: %v\n", err)
+	}
 }
